@@ -1,0 +1,90 @@
+"""Checks at call time: what was given, what was expected, what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike
+
+
+def check_shape(name: str, value: Array, expected: tuple[int | str, ...]) -> None:
+    """Raises unless `value` has the shape `expected`; letters stand for any size but 0."""
+    fits = value.ndim == len(expected) and all(
+        size > 0 if isinstance(wanted, str) else size == wanted
+        for size, wanted in zip(value.shape, expected, strict=True)
+    )
+    if not fits:
+        shape = "(" + ", ".join(str(size) for size in expected) + ("," * (len(expected) == 1)) + ")"
+        raise ValueError(f"{name} has shape {value.shape}; expected {shape}.")
+
+
+def check_units(x: Any, num_features: int, who: str) -> None:
+    """Raises unless `x` is an array of shape (n, num_features) with n ≥ 1."""
+    if not eqx.is_array(x):
+        raise ValueError(f"{who} expects an array of units, got {type(x).__name__}.")
+    if x.ndim == 1:
+        raise ValueError(
+            f"{who} expects data of shape (n, {num_features}), got {x.shape}; "
+            "write x[:, None] for n units of one feature."
+        )
+    if x.ndim != 2 or x.shape[1] != num_features:
+        raise ValueError(f"{who} expects data of shape (n, {num_features}), got {x.shape}.")
+    if x.shape[0] == 0:
+        raise ValueError(f"{who}: data hold no unit (shape {x.shape}).")
+
+
+def check_continuous(x: Any, num_features: int, dtype: Any, who: str) -> None:
+    """`check_units`, and that the data have the floating dtype of the parameters."""
+    check_units(x, num_features, who)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"{who} is a continuous family but the data have dtype {x.dtype}; "
+            "convert them, as in x.astype(float)."
+        )
+    if x.dtype != dtype:
+        raise ValueError(
+            f"{who} has parameters of dtype {dtype} but the data have {x.dtype}; "
+            f"convert one, as in x.astype({dtype})."
+        )
+
+
+def check_counts(x: Any, num_features: int, dtype: Any, who: str) -> None:
+    """`check_units`, for integers or for whole numbers in the dtype of the parameters."""
+    check_units(x, num_features, who)
+    integral = jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == jnp.bool_
+    if not integral and x.dtype != dtype:
+        raise ValueError(
+            f"{who} has parameters of dtype {dtype} but the data have {x.dtype}; "
+            f"convert them to integers or to {dtype}."
+        )
+
+
+def check_weights(weights: Any, n: int) -> None:
+    """Raises unless `weights` is None or a floating array of shape (n,)."""
+    if weights is None:
+        return
+    if not eqx.is_array(weights) or weights.shape != (n,):
+        shape = getattr(weights, "shape", type(weights).__name__)
+        raise ValueError(f"weights need one entry per unit, shape ({n},); got {shape}.")
+    if not jnp.issubdtype(weights.dtype, jnp.floating):
+        raise ValueError(f"weights must be floating, got {weights.dtype}; use .astype(float).")
+
+
+def check_values(ok: ArrayLike, message: str) -> None:
+    """Raises `ValueError` if `ok` is known to be false somewhere; says nothing about tracers.
+
+    Under a transformation the outcome of a fit is judged by its `RESULTS` instead.
+    """
+    if isinstance(ok, jax.core.Tracer):
+        return
+    if not np.all(np.asarray(ok)):
+        raise ValueError(message)
+
+
+def concrete(value: Any) -> np.ndarray | None:
+    """The value as a NumPy array, or None for a tracer."""
+    return None if isinstance(value, jax.core.Tracer) else np.asarray(value)

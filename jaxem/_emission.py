@@ -1,0 +1,135 @@
+"""What a family of distributions must provide to be the components of a mixture or an HMM."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any, Self
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from jaxem._hold import Held
+from jaxem._statistics import Framed
+
+
+class AbstractEmission(eqx.Module):
+    """K conditional distributions p(x | z = k) of one family.
+
+    The E-step is a gradient: the expected statistics are the derivative of the marginal
+    log-likelihood with respect to `coordinates`, taken by `jax.vjp` of `log_prob_at`
+    (Fisher's identity). An emission therefore says at which point of which coordinates its
+    log-density is differentiated, and how the cotangents finish into statistics.
+
+    Fields are the *unconstrained* leaves, each with the components as leading axis (or 1 where
+    they share it), so that any linear combination of two emissions is one. `natural` names, for
+    each natural parameter, the leaves behind it.
+    """
+
+    natural: eqx.AbstractClassVar[dict[str, tuple[str, ...]]]
+    held: eqx.AbstractVar[Held]
+
+    @property
+    @abc.abstractmethod
+    def num_components(self) -> int: ...
+
+    @property
+    @abc.abstractmethod
+    def num_free_parameters(self) -> int:
+        """Number of parameters that the M-step moves."""
+
+    @abc.abstractmethod
+    def check(self, x: PyTree[Array]) -> None:
+        """Raises `ValueError` at trace time for data of the wrong shape or dtype."""
+
+    @abc.abstractmethod
+    def in_support(self, x: PyTree[Array]) -> Bool[Array, " n"]:
+        """Whether each unit is a possible observation (finite, a count, a category, …)."""
+
+    @abc.abstractmethod
+    def coordinates(self) -> PyTree[Array]:
+        """The point at which the log-density is differentiated."""
+
+    @abc.abstractmethod
+    def log_prob_at(self, coordinates: PyTree[Array], x: PyTree[Array]) -> Float[Array, "n k"]:
+        """log p(x | z = k) at given coordinates."""
+
+    @abc.abstractmethod
+    def statistics(self, cotangents: PyTree[Array]) -> PyTree[Array]:
+        """Sums about self from the cotangents of the coordinates; linear."""
+
+    @abc.abstractmethod
+    def reframe(self, sums: PyTree[Array], old: Any) -> PyTree[Array]:
+        """Sums taken about `old`, taken about self instead; exact, linear in the sums."""
+
+    @abc.abstractmethod
+    def maximize(self, sums: PyTree[Array]) -> Self:
+        """The maximiser of `expected_log_prob` over what is free; sums are about self.
+
+        A component without weight stays where it is.
+        """
+
+    @abc.abstractmethod
+    def expected_log_prob(self, sums: PyTree[Array]) -> Float[Array, ""]:
+        """Q(self; sums) = Σ r log p(x | z; self), up to a term in the data alone."""
+
+    @abc.abstractmethod
+    def prior(self) -> Framed:
+        """The conjugate prior as pseudo-statistics; without arguments it is flat."""
+
+    @abc.abstractmethod
+    def sample(self, key: Array, z: Int[Array, " n"]) -> PyTree[Array]:
+        """One draw from component z for each entry of `z`."""
+
+    @abc.abstractmethod
+    def degenerate(
+        self, sums: PyTree[Array], min_variance: Float[Array, ""]
+    ) -> Bool[Array, " k"]:
+        """Components that rest on too few units, or on hardly any variance."""
+
+    @classmethod
+    @abc.abstractmethod
+    def pooled(cls, x: PyTree[Array], num_components: int, weights: Float[Array, " n"]) -> Self:
+        """Components that are all alike: the maximum-likelihood fit of one to all the data."""
+
+    @abc.abstractmethod
+    def located_at(self, x: PyTree[Array], spread: Float[Array, ""]) -> Self:
+        """One component at each unit of `x`, possible for every other unit.
+
+        Scales are those of self, variances multiplied by `spread`. A family without a scale
+        mixes the unit with self instead.
+        """
+
+    @abc.abstractmethod
+    def shortcut(self) -> tuple[Bool[Array, ""], Self] | None:
+        """A cheaper form of the same density and whether rounding allows it now, or None."""
+
+
+def log_prob(emission: AbstractEmission, x: PyTree[Array]) -> Float[Array, "n k"]:
+    """log p(x | z = k) of an emission at its own parameters."""
+    return emission.log_prob_at(emission.coordinates(), x)
+
+
+def build(family: Any) -> tuple[Any, dict[str, Any]]:
+    """The class and the keywords behind a `family` argument: a class or a partial of one."""
+    cls, keywords = getattr(family, "func", family), getattr(family, "keywords", {})
+    if not (isinstance(cls, type) and issubclass(cls, AbstractEmission)):
+        raise ValueError(
+            f"a family is an emission class, or functools.partial of one; got {family!r}."
+        )
+    return cls, dict(keywords)
+
+
+def finite(x: PyTree[Array]) -> Bool[Array, " n"]:
+    """Units all of whose numbers are finite."""
+    flags = [
+        jnp.isfinite(leaf).reshape(leaf.shape[0], -1).all(axis=1)
+        for leaf in jax.tree.leaves(x)
+    ]
+    return jnp.stack(flags).all(axis=0)
+
+
+def float_dtype(module: Any) -> Any:
+    """The floating dtype of a module's parameters."""
+    return jnp.result_type(*(leaf.dtype for leaf in jax.tree.leaves(module)))

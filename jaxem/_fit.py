@@ -1,0 +1,268 @@
+"""The loop around an algorithm: one compiled while-loop, its stopping rule, its verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from jaxem._adjoint import AbstractAdjoint, Forward, Loop
+from jaxem._checks import check_weights, concrete
+from jaxem._em import EM, AbstractAlgorithm, State
+from jaxem._emission import float_dtype
+from jaxem._model import AbstractModel
+from jaxem._posterior import Exact
+from jaxem._sharding import on_shards
+from jaxem._solution import RESULTS, Solution, is_any
+from jaxem._statistics import Framed, distance
+from jaxem._units import num_units
+
+
+def _print_progress(step: int, objective: float, change: float) -> None:
+    print(f"step {int(step):5d}   objective {float(objective):.8g}   change {float(change):.1e}")
+
+
+class Progress(eqx.Module):
+    """A report from inside the compiled loop, on the host, every few steps.
+
+    **Arguments:** `every`, in steps; `report(step, objective, change)`, default: print a line.
+    """
+
+    every: int = eqx.field(static=True, default=10)
+    report: Callable[..., None] = eqx.field(static=True, default=_print_progress)
+
+    def __check_init__(self):
+        if self.every < 1:
+            raise ValueError(f"Progress reports every 1 or more steps, got {self.every}.")
+
+
+def fit(
+    model: AbstractModel,
+    data: PyTree[Array],
+    algorithm: AbstractAlgorithm = EM(),
+    *,
+    weights: Float[Array, " n"] | None = None,
+    prior: Framed | None = None,
+    key: Array | None = None,
+    tol: float | None = None,
+    max_steps: int = 1000,
+    min_variance: float = 1e-3,
+    adjoint: AbstractAdjoint = Forward(),
+    throw: bool = True,
+    progress: Progress | int | None = None,
+) -> Solution:
+    """Fits a model to data, starting from the model as it is given.
+
+    The fit is one compiled loop. It may be jitted and vmapped: over models (restarts; each lane
+    stops by itself), over data, weights, priors or `tol`.
+
+    **Arguments:**
+
+    - `data`: what the model's `e_step` takes; the leading axis of every leaf is the unit.
+    - `algorithm`: how to step; default `EM()`.
+    - `weights`: one non-negative number for each unit. Weight 0 equals absence, whatever the
+      unit holds; weight 2 equals the unit twice.
+    - `prior`: pseudo-statistics from `model.prior(…)`; the fit then seeks the posterior mode.
+    - `key`: for algorithms that draw random numbers.
+    - `tol`: converged when in one step the objective gains, and the statistics move, by no more
+      than this, both per unit of weight. Dimensionless: nothing changes when data are rescaled.
+      Default eps^⅔ of the dtype: 4e-11 in float64, 2e-5 in float32. It bounds the *step*, which
+      is smaller than the distance left; that is estimated in `Solution.error`. Where parameters
+      are so coarse that rounding alone moves the statistics more, that movement takes the place
+      of `tol`. With 0 the fit takes `max_steps` steps.
+    - `max_steps`: at most this many steps.
+    - `min_variance`: a component with a smaller variance than this fraction of the average
+      within-component one is reported as `degenerate`.
+    - `adjoint`: how derivatives pass through the fit.
+    - `throw`: raise where the answer would be worthless (non-finite, invalid data or weights),
+      instead of saying so in `Solution.result` alone. Under vmap it raises if any lane fails:
+      restarts use `throw=False`.
+    - `progress`: report every so many steps, from inside the loop.
+
+    **Returns:** a `Solution`.
+
+    **Raises:** `ValueError` for wrong shapes, dtypes or settings; with `throw`,
+    `equinox.EquinoxRuntimeError` for the outcomes above.
+    """
+    _check_arguments(model, data, weights, prior, tol, max_steps)
+    dtype = float_dtype(model)
+    tol = float(jnp.finfo(dtype).eps) ** (2 / 3) if tol is None else tol
+    progress = Progress(progress) if isinstance(progress, int) else progress
+    solution = _fit(
+        on_shards(algorithm, data),
+        (model, data, weights, prior),
+        key,
+        jnp.asarray(tol, dtype),
+        jnp.asarray(min_variance, dtype),
+        max_steps,
+        adjoint,
+        progress,
+    )
+    if throw:
+        worthless = is_any(
+            solution.result, RESULTS.nonfinite, RESULTS.invalid_data, RESULTS.invalid_weights
+        )
+        solution = solution.result.error_if(solution, worthless)
+    return solution
+
+
+def _check_arguments(
+    model: Any, data: Any, weights: Any, prior: Any, tol: Any, max_steps: Any
+) -> None:
+    if not isinstance(model, AbstractModel):
+        raise ValueError(
+            f"fit expects a model such as jaxem.Mixture, got {type(model).__name__}; "
+            "two plain functions become one by jaxem.from_functions."
+        )
+    model.check(data)
+    check_weights(weights, num_units(data))
+    if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 0:
+        raise ValueError(f"max_steps must be an integer ≥ 0, got {max_steps!r}.")
+    value = None if tol is None else concrete(tol)
+    if value is not None and not bool((value >= 0).all()):
+        raise ValueError(f"tol must not be negative, got {tol!r}.")
+    if prior is not None and not isinstance(prior, Framed):
+        raise ValueError(f"prior must come from model.prior(…), got {type(prior).__name__}.")
+
+
+def _check_prior(own: Framed, prior: Framed) -> None:
+    """At trace time alone: whether the prior's statistics are those of the model."""
+    expected, given = jax.tree.structure(own.sums), jax.tree.structure(prior.sums)
+    if expected != given or type(own.frame) is not type(prior.frame):
+        raise ValueError(
+            f"prior does not belong to this model: its statistics are {given}, the model's "
+            f"{expected}. A prior of the components goes in as model.prior(components=…)."
+        )
+
+
+class _Carry(eqx.Module):
+    state: State
+    change: Float[Array, ""]
+    error: Float[Array, ""]
+    history: Float[Array, " max_steps+1"]
+    result: RESULTS
+    unfinished: Bool[Array, ""]
+
+
+@eqx.filter_jit
+def _fit(
+    algorithm: AbstractAlgorithm,
+    inputs: tuple[AbstractModel, PyTree[Array], Any, Framed | None],
+    key: Array | None,
+    tol: Float[Array, ""],
+    min_variance: Float[Array, ""],
+    max_steps: int,
+    adjoint: AbstractAdjoint,
+    progress: Progress | None,
+) -> Solution:
+    def key_at(step: Int[Array, ""]) -> Array | None:
+        return None if key is None else jax.random.fold_in(key, step)
+
+    def start(inputs: Any) -> _Carry:
+        model, data, weights, prior = inputs
+        zero = jnp.zeros((), jnp.int32)
+        if prior is not None:
+            own = jax.eval_shape(lambda: model.e_step(data, weights, posterior=Exact())[0])
+            _check_prior(own, prior)
+        state = algorithm.init(model, data, weights=weights, prior=prior, key=key_at(zero))
+        blank = jnp.full(max_steps + 1, jnp.nan, state.objective.dtype)
+        result = RESULTS.where(
+            jnp.isfinite(state.objective), RESULTS.max_steps_reached, RESULTS.nonfinite
+        )
+        result = RESULTS.where(_valid_data(model, data, weights), result, RESULTS.invalid_data)
+        result = RESULTS.where(_valid_weights(weights), result, RESULTS.invalid_weights)
+        history = blank.at[0].set(state.objective)
+        going = (result == RESULTS.max_steps_reached) & (max_steps > 0)
+        nan = jnp.full_like(state.objective, jnp.nan)
+        return _Carry(state, nan, nan, history, result, going)
+
+    def advance(carry: _Carry, inputs: Any) -> _Carry:
+        _, data, weights, prior = inputs
+        old = carry.state
+        step = old.step + 1
+        new = algorithm.step(old, data, weights=weights, prior=prior, key=key_at(step))
+        total = num_units(data) if weights is None else jnp.sum(weights)
+        gain = new.objective - old.objective
+        change = distance(new.statistics, old.statistics) / total
+        ratio = change / carry.change
+        error = jnp.where(ratio < 1, change * ratio / (1 - ratio), jnp.inf)
+        error = jnp.where(jnp.isnan(carry.change), jnp.nan, jnp.where(change > 0, error, 0))
+
+        rounding = jnp.finfo(gain.dtype).eps * (jnp.abs(old.objective) + total)
+        finite = jnp.isfinite(new.objective) & jnp.isfinite(change)
+        fell = jnp.asarray(algorithm.ascends) & (gain < -100 * rounding)
+        still = change <= jnp.maximum(tol, _resolution(new.statistics) / total)
+        settled = (tol > 0) & still & (jnp.abs(gain) <= jnp.maximum(tol * total, 10 * rounding))
+        failed = ~finite | fell
+        result = RESULTS.where(settled, RESULTS.converged, carry.result)
+        result = RESULTS.where(fell, RESULTS.decreased, result)
+        result = RESULTS.where(finite, result, RESULTS.nonfinite)
+
+        if progress is not None:
+            jax.lax.cond(
+                step % progress.every == 0,
+                lambda: jax.debug.callback(progress.report, step, new.objective, change),
+                lambda: None,
+            )
+        written = jnp.where(failed, jnp.nan, new.objective)
+        return _Carry(
+            state=jax.tree.map(lambda a, b: jnp.where(failed, a, b), old, new),
+            change=jnp.where(failed, carry.change, change),
+            error=jnp.where(failed, carry.error, error),
+            history=carry.history.at[step].set(written),
+            result=result,
+            unfinished=~(failed | settled) & (step < max_steps),
+        )
+
+    final = adjoint(Loop(start, lambda carry: carry.unfinished, advance), inputs)
+    _, data, weights, prior = inputs
+    state = final.state
+    statistics, log_likelihood, objective = state.statistics, state.log_likelihood, state.objective
+    model = state.model
+    if not algorithm.exact:
+        statistics, log_likelihood = model.e_step(data, weights, posterior=Exact())
+        objective = log_likelihood if prior is None else (
+            log_likelihood + model.expected_log_prob(prior)
+        )
+    combined = statistics if prior is None else statistics + prior
+    thin = jnp.any(model.degenerate(combined, min_variance))
+    valid = ~is_any(final.result, RESULTS.invalid_data, RESULTS.invalid_weights)
+    result = RESULTS.where(
+        model.representable() | ~valid | thin, final.result, RESULTS.nonfinite
+    )
+    result = RESULTS.where(
+        thin & valid & (result != RESULTS.decreased), RESULTS.degenerate, result
+    )
+    return Solution(
+        model=model,
+        objective=objective,
+        log_likelihood=log_likelihood,
+        statistics=statistics,
+        history=final.history,
+        num_steps=state.step,
+        error=final.error,
+        result=result,
+        set_aside=jnp.zeros((), jnp.int32),
+    )
+
+
+def _resolution(statistics: Framed) -> Float[Array, ""]:
+    """How far the statistics move if each parameter moves by its own rounding."""
+    eps = {leaf.dtype: jnp.finfo(leaf.dtype).eps for leaf in jax.tree.leaves(statistics.frame)}
+    nudged = jax.tree.map(lambda leaf: leaf * (1 + eps[leaf.dtype]), statistics.frame)
+    return distance(statistics.at(nudged), Framed(statistics.sums, nudged))
+
+
+def _valid_data(model: AbstractModel, data: PyTree[Array], weights: Any) -> Bool[Array, ""]:
+    fits = model.in_support(data)
+    return jnp.all(fits if weights is None else fits | (weights == 0))
+
+
+def _valid_weights(weights: Any) -> Bool[Array, ""]:
+    if weights is None:
+        return jnp.asarray(True)
+    return jnp.all((weights >= 0) & jnp.isfinite(weights)) & jnp.any(weights > 0)

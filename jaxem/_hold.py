@@ -1,0 +1,128 @@
+"""What the M-step may move and what it must leave alone.
+
+A module with parameters says, in the class variable `natural`, which leaves stand behind each
+natural parameter. `freeze` notes the natural parameters that are held in the static field
+`held`, as pairs (name, mask over components or None); static, so that structure is never an
+array leaf and two models of different structure are different types for JAX.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Held = tuple[tuple[str, tuple[bool, ...] | None], ...]
+_T = TypeVar("_T")
+
+
+def replace(module: _T, **changes: Any) -> _T:
+    """A copy of an Equinox module with some fields changed.
+
+    Unlike `dataclasses.replace` it does not call `__init__`: constructors here take natural
+    parameters, while the fields are the unconstrained ones.
+    """
+    new = object.__new__(type(module))
+    for field in dataclasses.fields(module):  # pyright: ignore[reportArgumentType]
+        value = changes.pop(field.name) if field.name in changes else getattr(module, field.name)
+        object.__setattr__(new, field.name, value)
+    if changes:
+        raise TypeError(f"{type(module).__name__} has no field {sorted(changes)}.")
+    return new
+
+
+def held_mask(module: Any, name: str) -> bool | np.ndarray:
+    """Whether a natural parameter is held: True, False, or a mask over components."""
+    for held, mask in module.held:
+        if held == name:
+            return True if mask is None else np.asarray(mask)
+    return False
+
+
+def keep_held(module: Any, name: str, old: jax.Array, new: jax.Array) -> jax.Array:
+    """`new`, with the held components of the natural parameter `name` left as in `old`."""
+    mask = held_mask(module, name)
+    if mask is False:
+        return new
+    if mask is True:
+        return old
+    return jnp.where(np.reshape(mask, (-1,) + (1,) * (old.ndim - 1)), old, new)
+
+
+def free(module: Any, name: str, num_components: int) -> np.ndarray:
+    """Boolean mask (k,) of the components whose natural parameter `name` is free."""
+    return np.broadcast_to(np.logical_not(held_mask(module, name)), (num_components,))
+
+
+def natural_parameters(module: Any) -> dict[str, Any]:
+    """Natural parameters by name, nested as the modules are."""
+    named = {name: getattr(module, name) for name in module.natural}
+    for field in dataclasses.fields(module):
+        value = getattr(module, field.name)
+        if hasattr(value, "natural"):
+            named[field.name] = natural_parameters(value)
+        elif isinstance(value, tuple) and any(hasattr(part, "natural") for part in value):
+            named[field.name] = {str(i): natural_parameters(part) for i, part in enumerate(value)}
+    return named
+
+
+def freeze(model: _T, *names: str, mask: Sequence[bool] | np.ndarray | None = None) -> _T:
+    """Hold natural parameters at their present values in every later M-step.
+
+    The M-step then gives the *constrained* maximum: a covariance is taken about the mean that
+    is held, and free weights share what held ones leave.
+
+    **Arguments:**
+
+    - `names`: paths to natural parameters, such as `"weights"`, `"components.mean"` or
+      `"components.parts.0.rate"`.
+    - `mask`: one boolean per component, to hold only some of them. Default: all.
+
+    **Raises:** `ValueError` for a name that is not a natural parameter, or a mask that does
+    not have one entry per component.
+    """
+    for name in names:
+        model = _hold(model, name.split("."), name, mask)
+    return model
+
+
+def unfreeze(model: _T, *names: str) -> _T:
+    """Let natural parameters move again; the inverse of `freeze`."""
+    for name in names:
+        model = _hold(model, name.split("."), name, None, release=True)
+    return model
+
+
+def _hold(module: Any, path: list[str], name: str, mask: Any, release: bool = False) -> Any:
+    if len(path) > 1:
+        here, rest = path[0], path[1:]
+        if isinstance(module, tuple) and here.isdigit() and int(here) < len(module):
+            i = int(here)
+            return (*module[:i], _hold(module[i], rest, name, mask, release), *module[i + 1 :])
+        if not hasattr(module, "natural") or not hasattr(module, here):
+            raise ValueError(f"freeze: {name!r} leads nowhere: no {here!r} in {_kind(module)}.")
+        return replace(module, **{here: _hold(getattr(module, here), rest, name, mask, release)})
+    (last,) = path
+    natural = getattr(module, "natural", {})
+    if last not in natural:
+        raise ValueError(
+            f"freeze: {name!r} is not a natural parameter; {_kind(module)} has {sorted(natural)}."
+        )
+    if mask is not None:
+        mask = tuple(bool(entry) for entry in np.asarray(mask).reshape(-1))
+        size = getattr(module, natural[last][0]).shape[0]
+        if len(mask) != size or size != module.num_components:
+            raise ValueError(
+                f"freeze: the mask for {name!r} has {len(mask)} entries; expected one for each "
+                f"component, and a parameter that components share takes no mask."
+            )
+    others = tuple(entry for entry in module.held if entry[0] != last)
+    return replace(module, held=others if release else tuple(sorted((*others, (last, mask)))))
+
+
+def _kind(module: Any) -> str:
+    return type(module).__name__

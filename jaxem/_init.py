@@ -1,0 +1,148 @@
+"""Starts: units that are far from each other, in the deviance of the family at hand.
+
+The deviance of unit i from unit j is log p(xᵢ | located at xᵢ) − log p(xᵢ | located at xⱼ): half
+the squared Mahalanobis distance for Gaussians, and the like for counts, categories and mixed
+data. All of it is pure JAX: it may be jitted, and vmapped over keys.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, PyTree
+
+from jaxem._checks import check_weights
+from jaxem._emission import AbstractEmission, build, log_prob
+from jaxem._units import map_over_units, num_units, substitute
+
+
+def pooled(
+    data: PyTree[Array], num_components: int, family: Any, weights: Float[Array, " n"] | None
+) -> AbstractEmission:
+    """`num_components` components that are each the fit of one to all the data.
+
+    Integer data of continuous families are refused by the emission's own check.
+    """
+    n = num_units(data)
+    check_weights(weights, n)
+    cls, keywords = build(family)
+    if weights is None:
+        floating = [leaf.dtype for leaf in jax.tree.leaves(data) if _floats(leaf)]
+        weights = jnp.ones(n, jnp.result_type(*floating) if floating else float)
+    else:
+        data = substitute(data, weights > 0)
+    components = cls.pooled(data, num_components, weights, **keywords)
+    components.check(data)
+    return components
+
+
+def _floats(leaf: Array) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def seed(
+    key: Array,
+    data: PyTree[Array],
+    num_components: int,
+    family: Any,
+    weights: Float[Array, " n"] | None,
+    method: str,
+) -> AbstractEmission:
+    """Components located at `num_components` units, with the scale of what lies around them."""
+    n = num_units(data)
+    if not 1 <= num_components <= n:
+        raise ValueError(f"{num_components} components cannot start from {n} units.")
+    whole = pooled(data, 1, family, weights)
+    if weights is not None:
+        data = substitute(data, weights > 0)
+    mass = jnp.ones(n) if weights is None else weights
+    if method == "k-means++":
+        indices, closest = kmeans_plus_plus(key, whole, data, num_components, weights)
+    elif method == "random":
+        gumbel = jax.random.gumbel(key, (n,)) + jnp.log(mass)
+        indices = lax.top_k(gumbel, num_components)[1]
+        closest = jnp.min(deviance(whole, data, indices), axis=1)
+    else:
+        raise ValueError(f'method must be "k-means++" or "random", got {method!r}.')
+    around_all = saturated(whole, data) - map_over_units(
+        lambda x: log_prob(whole, x)[:, 0], data, width=_width(data)
+    )
+    # Variances shrink by what the seeds explain, as within-group variances do.
+    spread = jnp.sum(mass * closest) / jnp.sum(mass * around_all)
+    return whole.located_at(_take(data, indices), jnp.clip(spread, 0, 1))
+
+
+def kmeans_plus_plus(
+    key: Array,
+    whole: AbstractEmission,
+    data: PyTree[Array],
+    num_seeds: int,
+    weights: Float[Array, " n"] | None = None,
+) -> tuple[Int[Array, " k"], Float[Array, " n"]]:
+    """Indices of seeds, and each unit's deviance from the closest one.
+
+    The first seed is drawn by weight. Each later one is the best of 2 + log k candidates drawn
+    by weight × deviance from the seeds so far; where all of that is zero (fewer distinct units
+    than seeds), by weight alone.
+
+    Arthur & Vassilvitskii (2007), SODA; greedy as in scikit-learn. For other deviances than the
+    squared distance, Nock, Luosto & Kivinen (2008), ECML.
+    """
+    n = num_units(data)
+    best = saturated(whole, data)
+    mass = jnp.ones(n, best.dtype) if weights is None else weights.astype(best.dtype)
+    num_candidates = 2 + int(math.log(num_seeds))
+
+    def draw(draw_key: Array, chance: Array, count: int) -> Array:
+        chance = jnp.where(jnp.sum(chance) > 0, chance, mass)
+        ladder = jnp.cumsum(chance)
+        rungs = jax.random.uniform(draw_key, (count,), best.dtype) * ladder[-1]
+        return jnp.clip(jnp.searchsorted(ladder, rungs, side="right"), 0, n - 1)
+
+    def grow(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        indices, closest = carry
+        candidates = draw(jax.random.fold_in(key, j), mass * closest, num_candidates)
+        if_taken = jnp.minimum(closest[:, None], deviance(whole, data, candidates, best))
+        winner = jnp.argmin(jnp.matmul(mass, if_taken, precision=lax.Precision.HIGHEST))
+        return indices.at[j].set(candidates[winner]), if_taken[:, winner]
+
+    first = draw(jax.random.fold_in(key, 0), mass, 1)
+    indices = jnp.zeros(num_seeds, first.dtype).at[0].set(first[0])
+    closest = deviance(whole, data, first, best)[:, 0]
+    return lax.fori_loop(1, num_seeds, grow, (indices, closest))
+
+
+def saturated(whole: AbstractEmission, data: PyTree[Array]) -> Float[Array, " n"]:
+    """log p of each unit under a component located at itself."""
+
+    def one(unit: PyTree[Array]) -> Array:
+        alone = jax.tree.map(lambda leaf: leaf[None], unit)
+        return log_prob(whole.located_at(alone, jnp.ones(())), alone)[0, 0]
+
+    return map_over_units(jax.vmap(one), data, width=2 * _width(data))
+
+
+def deviance(
+    whole: AbstractEmission,
+    data: PyTree[Array],
+    indices: Int[Array, " k"],
+    best: Float[Array, " n"] | None = None,
+) -> Float[Array, "n k"]:
+    """Deviance of every unit from the units at `indices`; not negative."""
+    best = saturated(whole, data) if best is None else best
+    located = whole.located_at(_take(data, indices), jnp.ones(()))
+    width = _width(data) * indices.shape[0]
+    reached = map_over_units(lambda x: log_prob(located, x), data, width=width)
+    return jnp.maximum(best[:, None] - reached, 0)
+
+
+def _take(data: PyTree[Array], indices: Array) -> PyTree[Array]:
+    return jax.tree.map(lambda leaf: leaf[indices], data)
+
+
+def _width(data: PyTree[Array]) -> int:
+    return sum(leaf.size // leaf.shape[0] for leaf in jax.tree.leaves(data))

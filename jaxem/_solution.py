@@ -1,0 +1,138 @@
+"""What a fit returns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxem._statistics import Framed
+
+
+class RESULTS(eqx.Enumeration):
+    """How a fit ended. Under vmap each lane has a result of its own."""
+
+    converged = ""
+    max_steps_reached = (
+        "The fit did not converge within max_steps: raise max_steps, or tol if the error is small "
+        "enough already."
+    )
+    nonfinite = (
+        "The fit met a NaN or an infinity; the state before that step is returned. Likely a "
+        "parameter that the dtype cannot represent (rescale the data or use float64), or a start "
+        "at which the data are impossible."
+    )
+    decreased = (
+        "The objective fell by more than rounding; the state before that step is returned. Likely "
+        "the M-step does not maximise, or the E-step does not belong to the same model."
+    )
+    degenerate = (
+        "A component rests on too few units or on hardly any variance, where the likelihood has "
+        "no bound: try other starts, fewer components, a shared covariance or a prior."
+    )
+    invalid_data = (
+        "The data hold a NaN, an infinity or a value outside the family's support; give such "
+        "units weight 0, or remove them."
+    )
+    invalid_weights = (
+        "The weights hold a NaN, an infinity or a negative number, or no positive one."
+    )
+
+
+class Solution(eqx.Module):
+    """A fitted model and how it was reached.
+
+    For accumulations over all the data, `statistics`, `objective`, `log_likelihood` and
+    `history[num_steps]` belong to exactly the returned `model`.
+
+    - `objective`: what the fit climbs, log-likelihood (or the bound that the expectation gives:
+      the classification log-likelihood for `Hard`) plus log-prior, up to a constant.
+    - `log_likelihood`: the objective without the prior.
+    - `history`: the objective after 0, 1, … steps; NaN after `num_steps`.
+    - `error`: estimated distance of the statistics, per unit of weight, from the fixed point:
+      change · ρ / (1 − ρ), with ρ the ratio of the last two changes. NaN before two steps, inf
+      while changes do not shrink.
+    - `result`: a member of `RESULTS`.
+    - `set_aside`: how many lanes with a higher objective `best` passed over.
+    """
+
+    model: Any
+    objective: Float[Array, ""]
+    log_likelihood: Float[Array, ""]
+    statistics: Framed
+    history: Float[Array, " max_steps+1"]
+    num_steps: Int[Array, ""]
+    error: Float[Array, ""]
+    result: RESULTS
+    set_aside: Int[Array, ""]
+
+    def __repr__(self) -> str:
+        return summary(self)
+
+
+def best(solutions: Solution) -> Solution:
+    """The best lane of a batch of fits, such as `jax.vmap` over starts gives.
+
+    Lanes that ended well come first, then degenerate ones, then those that failed, each by
+    objective; `set_aside` counts the lanes passed over although their objective was higher. The
+    lane returned is NaN only if all are.
+    """
+    if jnp.ndim(solutions.objective) != 1:
+        raise ValueError(
+            "best expects solutions with one leading axis, as from jax.vmap(fit) or "
+            f"fit_restarts; got an objective of shape {jnp.shape(solutions.objective)}."
+        )
+    objective = solutions.objective
+    good = is_any(solutions.result, RESULTS.converged, RESULTS.max_steps_reached)
+    poor = solutions.result == RESULTS.degenerate
+    finite = jnp.isfinite(objective)
+    rank = jnp.where(finite, jnp.where(good, 3, jnp.where(poor, 2, 1)), 0)
+    top = rank == jnp.max(rank)
+    winner = jnp.argmax(jnp.where(top, jnp.where(finite, objective, -jnp.inf), -jnp.inf))
+    passed = jnp.sum(finite & (objective > objective[winner]) & ~top)
+    chosen = jax.tree.map(lambda leaf: leaf[winner], solutions)
+    return eqx.tree_at(lambda s: s.set_aside, chosen, passed.astype(jnp.int32))
+
+
+def is_any(result: RESULTS, *members: RESULTS) -> Array:
+    """Whether a result is one of several members, lane by lane."""
+    return jnp.any(jnp.stack([result == member for member in members]), axis=0)
+
+
+def result_name(result: RESULTS) -> str:
+    """The name of a single concrete result, such as `"converged"`."""
+    return next(name for name in result_names() if bool(result == getattr(RESULTS, name)))
+
+
+def result_names() -> tuple[str, ...]:
+    return (
+        "converged",
+        "max_steps_reached",
+        "nonfinite",
+        "decreased",
+        "degenerate",
+        "invalid_data",
+        "invalid_weights",
+    )
+
+
+def summary(solution: Solution) -> str:
+    """A readable account of a solution, or a count of results for a batch of them."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(solution)):
+        return f"Solution(model={type(solution.model).__name__}, traced)"
+    if np.ndim(solution.objective):
+        counts = {n: int(np.sum(solution.result == getattr(RESULTS, n))) for n in result_names()}
+        ended = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+        return f"Solutions of {np.size(solution.objective)} fits: {ended}"
+    lines = [
+        f"Solution: {result_name(solution.result)} after {int(solution.num_steps)} steps",
+        f"  log-likelihood {float(solution.log_likelihood):.6g}, objective "
+        f"{float(solution.objective):.6g}, estimated error {float(solution.error):.1e}",
+    ]
+    if int(solution.set_aside):
+        lines.append(f"  {int(solution.set_aside)} higher but unsound fits were set aside")
+    return "\n".join([*lines, "  " + repr(solution.model).replace("\n", "\n  ")])

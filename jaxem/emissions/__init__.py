@@ -1,0 +1,10 @@
+from jaxem.emissions.bernoulli import Bernoulli as Bernoulli
+from jaxem.emissions.categorical import Categorical as Categorical
+from jaxem.emissions.diagonal_gaussian import DiagonalGaussian as DiagonalGaussian
+from jaxem.emissions.diagonal_gaussian import SphericalGaussian as SphericalGaussian
+from jaxem.emissions.exponential import Exponential as Exponential
+from jaxem.emissions.gaussian import Gaussian as Gaussian
+from jaxem.emissions.gaussian import TiedGaussian as TiedGaussian
+from jaxem.emissions.independent import Independent as Independent
+from jaxem.emissions.multinomial import Multinomial as Multinomial
+from jaxem.emissions.poisson import Poisson as Poisson

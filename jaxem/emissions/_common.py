@@ -1,0 +1,79 @@
+"""Small things that several emission families need."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float
+
+from jaxem._checks import check_values
+
+# Expanded quadratics, ‖Wξ‖² − 2 b·Wξ + ‖b‖², cancel: rounding leaves about eps·‖b‖² in each. They
+# are used while eps·d·max‖b‖² is below this.
+EXPANSION_LIMIT = 1e-2
+
+
+def as_float(value: ArrayLike) -> Array:
+    """The value as a floating array: integers take JAX's default floating dtype."""
+    return jnp.asarray(value, dtype=jnp.result_type(value, jnp.bfloat16)) if _floating(
+        value
+    ) else jnp.asarray(value, dtype=float)
+
+
+def _floating(value: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(value), jnp.floating)
+
+
+def centroid(mean: Float[Array, "k d"]) -> Float[Array, " d"]:
+    """The mean of the component means, held: any point near the data serves as origin."""
+    return jax.lax.stop_gradient(jnp.mean(mean, axis=0))
+
+
+def divide(a: Array, b: Array) -> Array:
+    """a / b, and 0 where b is not positive; with a derivative that is finite there."""
+    positive = b > 0
+    return jnp.where(positive, a / jnp.where(positive, b, 1), 0)
+
+
+def pseudo_count(name: str, value: ArrayLike, like: Array) -> Array:
+    """A prior's count, broadcast to `like`. Raises `ValueError` if it is negative."""
+    count = filled(name, value, like)
+    check_values(count >= 0, f"{name} must not be negative: no data could have had it.")
+    return count
+
+
+def filled(name: str, value: ArrayLike, like: Array) -> Array:
+    """The value in the shape and dtype of `like`. Raises `ValueError` if it does not broadcast."""
+    value = jnp.asarray(value, like.dtype)
+    try:
+        return jnp.broadcast_to(value, like.shape)
+    except ValueError:
+        raise ValueError(
+            f"{name} has shape {value.shape}; expected one that broadcasts to {like.shape}."
+        ) from None
+
+
+def vanishing(like: Array) -> float:
+    """The log-scale whose variance is the smallest normal number of the dtype of `like`."""
+    return 0.5 * math.log(jnp.finfo(like.dtype).tiny)
+
+
+def is_count(x: Array) -> Array:
+    """Whether each number is finite, whole and not negative."""
+    return (x >= 0) & jnp.isfinite(x) & (x == jnp.floor(x))
+
+
+def factorial_remainder(x: Array) -> Array:
+    """s(x) = log x! − x log x + x, which stays small: ½ log 2πx + 1/(12x) − … for large x."""
+    large = x > 16
+    small = jnp.where(large | (x <= 0), 1, x)
+    direct = jax.scipy.special.gammaln(small + 1) - small * jnp.log(small) + small
+    big = jnp.where(large, x, 16)
+    inverse = 1 / big
+    tail = inverse * (1 / 12 - inverse**2 * (1 / 360 - inverse**2 * (1 / 1260 - inverse**2 / 1680)))
+    series = 0.5 * jjnp.log(2 * math.pi * big) + tail
+    return jnp.where(large, series, jnp.where(x > 0, direct, 0))

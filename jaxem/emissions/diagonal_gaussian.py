@@ -1,0 +1,299 @@
+"""Gaussian components with diagonal or spherical covariance, one for each or one for all.
+
+E-step. With c the centroid of the component means, ξ = x − c, inverse scales wₖ and
+bₖ = wₖ ∘ (μₖ − c), there are two forms of one density (D is the number of features):
+
+    residual    log p = aₖ − ½ Σ_d y²,                    y = wₖ ∘ ξ − bₖ
+    expanded    log p = aₖ − ½ ‖bₖ‖² + (wₖ∘bₖ)·ξ − ½ wₖ²·ξ²
+
+The expanded form is two matrix products; it cancels when components are many scales apart, and
+is used only where a bound on its rounding allows (`shortcut`). The residual form is
+differentiated in three directions, the constant (0), a linear term t·ξ (at t = 0) and a weight
+of each y² (at 1), so that the backward pass needs no product with y.
+
+Both finish into (n_a, n_q, Σr y, Σr y²), whitened and about each component's own mean. M-step:
+with s = Σr y, S = Σr y² and m = s/n_q,  μ ← μ + m/w  and  σ² ← σ² (S − s m)/n_a, summed over
+whatever shares a scale.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Self
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
+
+from jaxem import _linalg as la
+from jaxem._checks import check_continuous, check_shape, check_values
+from jaxem._emission import AbstractEmission, finite
+from jaxem._hold import Held, free, keep_held, replace
+from jaxem._statistics import Framed
+from jaxem._units import weighted_mean, weighted_second_moments
+from jaxem.emissions._common import (
+    EXPANSION_LIMIT,
+    as_float,
+    centroid,
+    divide,
+    filled,
+    pseudo_count,
+    vanishing,
+)
+from jaxem.emissions.gaussian import Moments
+
+
+class _ScaledGaussian(AbstractEmission):
+    """Scales of shape (k or 1, d or 1): an axis of length 1 is shared."""
+
+    natural: ClassVar[dict[str, tuple[str, ...]]] = {
+        "mean": ("mean",),
+        "variance": ("log_scale",),
+    }
+    spherical: eqx.AbstractClassVar[bool]
+    mean: Float[Array, "k d"]
+    log_scale: Float[Array, "c e"]
+    held: Held = eqx.field(static=True)
+    tied: bool = eqx.field(static=True)
+    expanded: bool = eqx.field(static=True)
+
+    def __init__(self, mean: ArrayLike, variance: ArrayLike):
+        self.mean = as_float(mean)
+        variance = jnp.asarray(variance, self.mean.dtype)
+        check_shape("mean", self.mean, ("k", "d"))
+        k, d = self.mean.shape
+        own = (k,) if self.spherical else (k, d)
+        self.tied = variance.ndim == len(own) - 1
+        if self.tied:
+            check_shape("variance (shared by the components)", variance, own[1:])
+            variance = variance[None]
+        else:
+            check_shape("variance", variance, own)
+        check_values(jnp.isfinite(self.mean), "mean holds a NaN or an infinity.")
+        check_values((variance > 0) & jnp.isfinite(variance), "variance must be positive.")
+        self.log_scale = 0.5 * jnp.log(variance.reshape(variance.shape[0], -1))
+        self.held, self.expanded = (), False
+
+    @property
+    def variance(self) -> Array:
+        """Variances, in the shape that the constructor takes."""
+        variance = jnp.exp(2 * self.log_scale)
+        variance = variance[:, 0] if self.spherical else variance
+        return variance[0] if self.tied else variance
+
+    @property
+    def num_components(self) -> int:
+        return self.mean.shape[0]
+
+    @property
+    def num_free_parameters(self) -> int:
+        k, d = self.mean.shape
+        c, e = self.log_scale.shape
+        means = int(np.sum(free(self, "mean", k))) * d
+        return means + int(np.sum(free(self, "variance", c))) * e
+
+    def check(self, x: Array) -> None:
+        check_continuous(x, self.mean.shape[1], self.mean.dtype, type(self).__name__)
+
+    def in_support(self, x: Float[Array, "n d"]) -> Bool[Array, " n"]:
+        return finite(x)
+
+    def _whitening(self) -> tuple[Array, Array, Array, Array]:
+        """Centroid, inverse scales w (c, e), offsets b (k, d), log-normalisers (k,)."""
+        origin = centroid(self.mean)
+        inverse = jnp.exp(-self.log_scale)
+        offset = inverse * (self.mean - origin)
+        return origin, inverse, offset, self._log_norm()
+
+    def _log_norm(self) -> Float[Array, " k"]:
+        k, d = self.mean.shape
+        logs = jnp.sum(jnp.broadcast_to(self.log_scale, (k, d)), axis=1)
+        return -logs - 0.5 * d * math.log(2 * math.pi)
+
+    def coordinates(self) -> tuple[Array, Array, Array]:
+        _, inverse, offset, log_norm = self._whitening()
+        if self.expanded:
+            return log_norm, inverse * offset, inverse**2
+        return log_norm, jnp.zeros_like(offset), jnp.ones_like(offset)
+
+    def log_prob_at(self, coordinates: Any, x: Float[Array, "n d"]) -> Float[Array, "n k"]:
+        log_norm, linear, quadratic = coordinates
+        origin, inverse, offset, _ = self._whitening()
+        centred = (x - origin).T
+        if self.expanded:
+            square = centred**2
+            if self.spherical:
+                square = jnp.sum(square, axis=0, keepdims=True)
+            square = la.matmul(quadratic, square)
+            constant = log_norm - 0.5 * jnp.sum(offset**2, axis=1)
+        else:
+            k, d = offset.shape
+            inverse = jnp.broadcast_to(inverse, (k, d))
+            residual = inverse[:, :, None] * centred - offset[:, :, None]
+            square = la.matmul(quadratic[:, None, :], residual**2)[:, 0]
+            constant = log_norm
+        return (constant[:, None] + la.matmul(linear, centred) - 0.5 * square).T
+
+    def statistics(self, cotangents: Any) -> Moments:
+        count, first, square = cotangents  # Σr, Σr ξ, −½ Σr y² or −½ Σr ξ²
+        k, d = self.mean.shape
+        _, inverse, offset, _ = self._whitening()
+        white = inverse * first
+        first = white - count[:, None] * offset
+        second = -2 * square
+        if self.expanded:
+            second = inverse**2 * second - self._share(offset * (white + first))
+        else:
+            second = self._share(second)
+        scale_count = self._share(jnp.broadcast_to(count[:, None], (k, d)))
+        return Moments(scale_count, count, first, second)
+
+    def _share(self, per_cell: Float[Array, "k d"]) -> Float[Array, "c e"]:
+        """Sums over the cells that share one scale."""
+        axes = (0,) * self.tied + (1,) * self.spherical
+        return jnp.sum(per_cell, axis=axes, keepdims=True)
+
+    def reframe(self, sums: Moments, old: Self) -> Moments:
+        turn = jnp.exp(old.log_scale - self.log_scale)
+        shift = jnp.exp(-self.log_scale) * (old.mean - self.mean)
+        turned = turn * sums.first
+        count = sums.mean_count[:, None]
+        return Moments(
+            sums.scale_count,
+            sums.mean_count,
+            turned + count * shift,
+            turn**2 * sums.second + self._share((2 * turned + count * shift) * shift),
+        )
+
+    def maximize(self, sums: Moments) -> Self:
+        step = divide(sums.first, sums.mean_count[:, None])
+        step = step * free(self, "mean", self.num_components)[:, None]
+        mean = self.mean + jnp.exp(self.log_scale) * step
+        scatter = divide(sums.second - self._share(sums.first * step), sums.scale_count)
+        growth = 0.5 * la.floored_log(jnp.where(sums.scale_count > 0, scatter, 1))
+        log_scale = jnp.maximum(self.log_scale + growth, vanishing(mean))
+        return replace(
+            self,
+            mean=keep_held(self, "mean", self.mean, mean),
+            log_scale=keep_held(self, "variance", self.log_scale, log_scale),
+        )
+
+    def expected_log_prob(self, sums: Moments) -> Float[Array, ""]:
+        log_norm = -self.log_scale - 0.5 * math.log(2 * math.pi)
+        return jnp.sum(sums.scale_count * log_norm - 0.5 * sums.second)
+
+    def prior(
+        self,
+        mean: ArrayLike | None = None,
+        mean_count: ArrayLike = 0.0,
+        variance: ArrayLike | None = None,
+        variance_count: ArrayLike = 0.0,
+    ) -> Framed:
+        """The normal-inverse-gamma prior, as pseudo-observations.
+
+        As if `mean_count` units had been seen with the mean `mean`, and each variance estimated
+        from `variance_count` numbers with mean square `variance`. In the usual parameters
+        N(μ; mean, σ²/κ₀) IG(σ²; α, β), for a variance of its own: κ₀ = mean_count,
+        α = (variance_count − 3)/2 and β = variance_count · variance / 2.
+
+        **Arguments:** `mean` (d,) or (k, d) and `variance` in the constructor's shape or one that
+        broadcasts to it, defaults the present ones; counts ≥ 0, scalar or one for each.
+
+        **Raises:** `ValueError` for a negative count or a variance that is not positive.
+        """
+        frame = self
+        if mean is not None:
+            frame = replace(frame, mean=filled("mean", mean, self.mean))
+        if variance is not None:
+            variance = self._cells("variance", variance)
+            check_values(variance > 0, "the prior's variance must be positive.")
+            frame = replace(frame, log_scale=0.5 * jnp.log(variance))
+        mean_count = pseudo_count("mean_count", mean_count, self.mean[:, 0])
+        scale_count = self._cells("variance_count", variance_count)
+        check_values(scale_count >= 0, "variance_count must not be negative.")
+        sums = Moments(scale_count, mean_count, jnp.zeros_like(self.mean), scale_count)
+        return Framed(sums, frame)
+
+    def _cells(self, name: str, value: ArrayLike) -> Float[Array, "c e"]:
+        value = jnp.asarray(value, self.mean.dtype)
+        if self.spherical and value.ndim == 1:
+            value = value[:, None]
+        return filled(name, value, self.log_scale)
+
+    def sample(self, key: Array, z: Int[Array, " n"]) -> Float[Array, "n d"]:
+        k, d = self.mean.shape
+        scale = jnp.broadcast_to(jnp.exp(self.log_scale), (k, d))
+        return self.mean[z] + scale[z] * jax.random.normal(key, (z.shape[0], d), self.mean.dtype)
+
+    def degenerate(self, sums: Moments, min_variance: Float[Array, ""]) -> Bool[Array, " k"]:
+        k, d = self.mean.shape
+        c, _ = self.log_scale.shape
+        top = jnp.max(self.log_scale, axis=0)
+        ratio = jnp.exp(2 * (self.log_scale - top))
+        within = divide(jnp.sum(sums.scale_count * ratio, axis=0), jnp.sum(sums.scale_count, axis=0))
+        thin = jnp.any(ratio < min_variance * within, axis=1)
+        thin = thin | (jnp.min(self.log_scale, axis=1) <= vanishing(self.mean))
+        if not self.tied:
+            units = sums.scale_count[:, 0] / (d if self.spherical else 1)
+            thin = thin | (units < d + 1)
+        thin = thin & free(self, "variance", c)
+        return jnp.broadcast_to(thin, (k,)) | (sums.mean_count < 1)
+
+    @classmethod
+    def pooled(cls, x, num_components, weights, tied: bool = False):
+        d = x.shape[1]
+        mean = weighted_mean(x, weights)
+        unit, second = weighted_second_moments(x, mean, weights)
+        log_scale = 0.5 * la.floored_log(jnp.diagonal(second)) + jnp.log(unit)
+        if cls.spherical:
+            top = jnp.max(log_scale)
+            log_scale = top + 0.5 * jnp.log(jnp.mean(jnp.exp(2 * (log_scale - top)), keepdims=True))
+        log_scale = jnp.maximum(log_scale, vanishing(x))
+        return replace(
+            object.__new__(cls),
+            mean=jnp.broadcast_to(mean, (num_components, d)),
+            log_scale=jnp.broadcast_to(
+                log_scale, (1 if tied else num_components, log_scale.shape[0])
+            ),
+            held=(),
+            tied=tied,
+            expanded=False,
+        )
+
+    def located_at(self, x: Float[Array, "k d"], spread: Float[Array, ""]) -> Self:
+        spread = jnp.maximum(spread, jnp.finfo(x.dtype).tiny)
+        log_scale = jnp.maximum(self.log_scale[:1] + 0.5 * jnp.log(spread), vanishing(x))
+        shape = (1 if self.tied else x.shape[0], log_scale.shape[1])
+        return replace(self, mean=x, log_scale=jnp.broadcast_to(log_scale, shape))
+
+    def shortcut(self) -> tuple[Bool[Array, ""], Self]:
+        _, _, offset, _ = self._whitening()
+        size = jnp.max(jnp.sum(offset**2, axis=1)) * offset.shape[1]
+        safe = size * jnp.finfo(offset.dtype).eps < EXPANSION_LIMIT
+        return safe, replace(self, expanded=True)
+
+
+class DiagonalGaussian(_ScaledGaussian):
+    """Gaussians with independent features, N(μₖ, diag σ²ₖ).
+
+    **Arguments:** `mean` (k, d); `variance` (k, d), or (d,) shared by all components. As a
+    `family`, `functools.partial(DiagonalGaussian, tied=True)` shares it.
+
+    **Raises:** `ValueError` for other shapes or variances that are not positive.
+    """
+
+    spherical: ClassVar[bool] = False
+
+
+class SphericalGaussian(_ScaledGaussian):
+    """Gaussians with one variance for all features, N(μₖ, σ²ₖ I).
+
+    **Arguments:** `mean` (k, d); `variance` (k,), or () shared by all components. As a
+    `family`, `functools.partial(SphericalGaussian, tied=True)` shares it.
+
+    **Raises:** `ValueError` for other shapes or variances that are not positive.
+    """
+
+    spherical: ClassVar[bool] = True

@@ -1,0 +1,326 @@
+"""Gaussian components with full covariance matrices: one for each, or one for all (tied).
+
+E-step. With c the centroid of the component means (held), ξ = x − c, Wₖ = Lₖ⁻¹ for the Cholesky
+factor Lₖ of Σₖ, and bₖ = Wₖ(μₖ − c):
+
+    log N(x; μₖ, Σₖ) = aₖ − ½‖yₖ‖²,    yₖ = Wₖ ξ − bₖ,    aₖ = Σ log diag Wₖ − ½ d log 2π.
+
+Coordinates are (a, b, W). Their cotangents Σr, Σr y and −Σr y ξᵀ finish into whitened moments
+about each component's *own* mean: (nₐ, n_q, Σr y, Σr y yᵀ), which are dimensionless. Reframing
+is an affine congruence, y′ = W′L y + W′(μ − μ′), that never visits the data frame.
+
+M-step. With s = Σr y and S = Σr y yᵀ:  μ ← μ + L s/n_q,  Σ ← L (S − s sᵀ/n_q) Lᵀ / nₐ.
+
+The two counts agree for data and differ for a prior: nₐ counts log|W|, n_q the mean. Moments in
+the data frame would lose every digit in float32 once (mean/σ)² ≈ 1/eps; these do not.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, NamedTuple, Self
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
+
+from jaxem import _linalg as la
+from jaxem._checks import check_continuous, check_shape, check_values
+from jaxem._emission import AbstractEmission, finite
+from jaxem._hold import Held, free, keep_held, replace
+from jaxem._statistics import Framed
+from jaxem._units import weighted_mean, weighted_second_moments
+from jaxem.emissions._common import (
+    EXPANSION_LIMIT,
+    as_float,
+    centroid,
+    divide,
+    filled,
+    pseudo_count,
+    vanishing,
+)
+
+class Moments(NamedTuple):
+    """Whitened moments about each component's mean; c is k, or 1 where a scale is shared."""
+
+    scale_count: Array  # nₐ: how many log-scales count, (c,)
+    mean_count: Float[Array, " k"]  # n_q: how many times the mean counts
+    first: Float[Array, "k d"]  # Σ r y
+    second: Array  # Σ r y yᵀ, (c, d, d)
+
+
+class _FullGaussian(AbstractEmission):
+    """What `Gaussian` and `TiedGaussian` share: c covariance factors for k means."""
+
+    natural: ClassVar[dict[str, tuple[str, ...]]] = {
+        "mean": ("mean",),
+        "covariance": ("log_scale", "below"),
+    }
+    tied: eqx.AbstractClassVar[bool]
+    mean: Float[Array, "k d"]
+    log_scale: Float[Array, "c d"]
+    below: Float[Array, "c d d"]
+    held: Held = eqx.field(static=True)
+    expanded: bool = eqx.field(static=True)  # the cheaper form that `shortcut` offers
+
+    def __init__(self, mean: ArrayLike, covariance: ArrayLike):
+        self.mean = as_float(mean)
+        covariance = jnp.asarray(covariance, self.mean.dtype)
+        check_shape("mean", self.mean, ("k", "d"))
+        k, d = self.mean.shape
+        check_shape("covariance", covariance, (d, d) if self.tied else (k, d, d))
+        check_values(jnp.isfinite(self.mean), "mean holds a NaN or an infinity.")
+        factor = la.cholesky(covariance.reshape(-1, d, d))
+        check_values(factor == factor, "a covariance is not positive definite.")
+        self.log_scale, self.below = la.parts_of_lower(factor)
+        self.held, self.expanded = (), False
+
+    @property
+    def covariance(self) -> Array:
+        """Covariance matrices, in the shape that the constructor takes."""
+        covariance = la.matmul(self._factor(), la.transpose(self._factor()))
+        return covariance[0] if self.tied else covariance
+
+    @property
+    def num_components(self) -> int:
+        return self.mean.shape[0]
+
+    @property
+    def num_free_parameters(self) -> int:
+        c, d = self.log_scale.shape
+        means = int(np.sum(free(self, "mean", self.num_components))) * d
+        return means + int(np.sum(free(self, "covariance", c))) * d * (d + 1) // 2
+
+    def check(self, x: Array) -> None:
+        check_continuous(x, self.mean.shape[1], self.mean.dtype, type(self).__name__)
+
+    def in_support(self, x: Float[Array, "n d"]) -> Bool[Array, " n"]:
+        return finite(x)
+
+    def _factor(self) -> Float[Array, "c d d"]:
+        return la.lower(self.log_scale, self.below)
+
+    def _centroid(self) -> Float[Array, " d"]:
+        return centroid(self.mean)
+
+    def _log_norm(self) -> Float[Array, " c"]:
+        d = self.mean.shape[1]
+        return -jnp.sum(self.log_scale, axis=1) - 0.5 * d * math.log(2 * math.pi)
+
+    def coordinates(self) -> tuple[Array, Array, Array]:
+        whitener = la.inverse_of_lower(self._factor())
+        offset = la.apply(whitener, self.mean - self._centroid())
+        return jnp.broadcast_to(self._log_norm(), self.mean.shape[:1]), offset, whitener
+
+    def _residual_log_prob(self, coordinates: Any, x: Array) -> Float[Array, "n k"]:
+        log_norm, offset, whitener = coordinates
+        c, d, _ = whitener.shape
+        white = la.matmul(whitener.reshape(c * d, d), (x - self._centroid()).T)
+        residual = white.reshape(c, d, -1) - offset[:, :, None]
+        return (log_norm[:, None] - 0.5 * jnp.sum(residual * residual, axis=1)).T
+
+    def _residual_statistics(self, cotangents: Any) -> Moments:
+        count, first, second = cotangents
+        _, offset, whitener = self.coordinates()
+        second = -la.matmul(second, la.transpose(whitener)) - self._share(la.outer(first, offset))
+        return Moments(self._share(count), count, first, _symmetric(second))
+
+    def _share(self, per_component: Array) -> Array:
+        """Sums over the components that share one covariance."""
+        return jnp.sum(per_component, axis=0, keepdims=True) if self.tied else per_component
+
+    def reframe(self, sums: Moments, old: Self) -> Moments:
+        whitener = la.inverse_of_lower(self._factor())
+        turn = la.matmul(whitener, old._factor())
+        shift = la.apply(whitener, old.mean - self.mean)
+        turned = la.apply(turn, sums.first)
+        cross = la.outer(turned, shift)
+        rise = cross + la.transpose(cross)
+        rise = rise + sums.mean_count[:, None, None] * la.outer(shift, shift)
+        return Moments(
+            sums.scale_count,
+            sums.mean_count,
+            turned + sums.mean_count[:, None] * shift,
+            la.matmul(la.matmul(turn, sums.second), la.transpose(turn)) + self._share(rise),
+        )
+
+    def maximize(self, sums: Moments) -> Self:
+        factor = self._factor()
+        step = divide(sums.first, sums.mean_count[:, None])
+        step = step * free(self, "mean", self.num_components)[:, None]
+        mean = self.mean + la.apply(factor, step)
+        # S − s sᵀ/n_q, or S itself about a mean that is held
+        scatter = sums.second - self._share(la.outer(sums.first, step))
+        alive = (sums.scale_count > 0)[:, None, None]
+        eye = jnp.eye(factor.shape[-1], dtype=factor.dtype)
+        scatter = jnp.where(alive, divide(scatter, sums.scale_count[:, None, None]), eye)
+        log_scale, below = la.parts_of_lower(la.matmul(factor, la.cholesky(scatter)))
+        return replace(
+            self,
+            mean=keep_held(self, "mean", self.mean, mean),
+            log_scale=keep_held(self, "covariance", self.log_scale, log_scale),
+            below=keep_held(self, "covariance", self.below, below),
+        )
+
+    def expected_log_prob(self, sums: Moments) -> Float[Array, ""]:
+        trace = jnp.trace(sums.second, axis1=-2, axis2=-1)
+        return jnp.sum(sums.scale_count * self._log_norm() - 0.5 * trace)
+
+    def prior(
+        self,
+        mean: ArrayLike | None = None,
+        mean_count: ArrayLike = 0.0,
+        covariance: ArrayLike | None = None,
+        covariance_count: ArrayLike = 0.0,
+    ) -> Framed:
+        """The normal-inverse-Wishart prior, as pseudo-observations.
+
+        As if `mean_count` units had been seen with the mean `mean`, and `covariance_count` units
+        with the covariance `covariance` about the component's own mean. In the usual parameters
+        NIW(μ, Σ; mean, κ₀, ν₀, Ψ): κ₀ = mean_count, ν₀ = covariance_count − d − 2 and
+        Ψ = covariance_count · covariance. A tied covariance takes one inverse Wishart.
+
+        **Arguments:** `mean` (d,) or (k, d), default the present one; `covariance` (d, d) or
+        (k, d, d), default the present one; counts ≥ 0, scalar or one for each mean or covariance.
+
+        **Raises:** `ValueError` for a negative count or a covariance that is not positive definite.
+        """
+        c, d = self.log_scale.shape
+        mean_count = pseudo_count("mean_count", mean_count, self.mean[:, 0])
+        scale_count = pseudo_count("covariance_count", covariance_count, self.log_scale[:, 0])
+        frame = self
+        if mean is not None:
+            frame = replace(frame, mean=filled("mean", mean, self.mean))
+        if covariance is not None:
+            factor = la.cholesky(filled("covariance", covariance, self.below))
+            check_values(factor == factor, "the prior's covariance is not positive definite.")
+            log_scale, below = la.parts_of_lower(factor)
+            frame = replace(frame, log_scale=log_scale, below=below)
+        eye = jnp.broadcast_to(jnp.eye(d, dtype=self.mean.dtype), (c, d, d))
+        second = scale_count[:, None, None] * eye
+        return Framed(Moments(scale_count, mean_count, jnp.zeros_like(self.mean), second), frame)
+
+    def sample(self, key: Array, z: Int[Array, " n"]) -> Float[Array, "n d"]:
+        k, d = self.mean.shape
+        factor = jnp.broadcast_to(self._factor(), (k, d, d))
+        noise = jax.random.normal(key, (z.shape[0], d), self.mean.dtype)
+        return self.mean[z] + la.apply(factor[z], noise)
+
+    def degenerate(self, sums: Moments, min_variance: Float[Array, ""]) -> Bool[Array, " k"]:
+        c, d = self.log_scale.shape
+        factor = self._factor()
+        scaled = factor / jnp.max(jnp.abs(factor), axis=(0, 2))[:, None]  # so that squares fit
+        share = divide(sums.scale_count, jnp.sum(sums.scale_count))[:, None, None]
+        within = jnp.sum(share * la.matmul(scaled, la.transpose(scaled)), axis=0)
+        relative = la.matmul(la.inverse_of_lower(la.cholesky(within)), scaled)
+        smallest = jnp.linalg.eigvalsh(la.matmul(relative, la.transpose(relative)))[:, 0]
+        thin = (smallest < min_variance) | (jnp.min(self.log_scale, axis=1) <= vanishing(factor))
+        thin = thin | (sums.scale_count < d + 1) if not self.tied else thin
+        thin = thin & free(self, "covariance", c)
+        return jnp.broadcast_to(thin, self.mean.shape[:1]) | (sums.mean_count < 1)
+
+    @classmethod
+    def pooled(cls, x, num_components, weights):
+        d = x.shape[1]
+        c = 1 if cls.tied else num_components
+        mean = weighted_mean(x, weights)
+        unit, second = weighted_second_moments(x, mean, weights)
+        factor = la.cholesky(second)
+        # A constant or redundant column has no factor: start from the deviations alone.
+        singular = jnp.any(jnp.isnan(factor))
+        factor = jnp.where(singular, jnp.diag(jnp.sqrt(jnp.diagonal(second))), factor)
+        log_scale, below = la.parts_of_lower(factor)
+        log_scale = jnp.maximum(log_scale + jnp.log(unit), vanishing(unit))
+        new = object.__new__(cls)
+        return replace(
+            new,
+            mean=jnp.broadcast_to(mean, (num_components, d)),
+            log_scale=jnp.broadcast_to(log_scale, (c, d)),
+            below=jnp.broadcast_to(below * unit[:, None], (c, d, d)),
+            held=(),
+            expanded=False,
+        )
+
+    def located_at(self, x: Float[Array, "k d"], spread: Float[Array, ""]) -> Self:
+        c = 1 if self.tied else x.shape[0]
+        d = x.shape[1]
+        spread = jnp.maximum(spread, jnp.finfo(x.dtype).tiny)
+        log_scale = jnp.maximum(self.log_scale[:1] + 0.5 * jnp.log(spread), vanishing(x))
+        below = self.below[:1] * jnp.sqrt(spread)
+        return replace(
+            self,
+            mean=x,
+            log_scale=jnp.broadcast_to(log_scale, (c, d)),
+            below=jnp.broadcast_to(below, (c, d, d)),
+        )
+
+
+class Gaussian(_FullGaussian):
+    """Gaussians N(μₖ, Σₖ), each with a full covariance matrix of its own.
+
+    **Arguments:** `mean` (k, d); `covariance` (k, d, d), positive definite.
+
+    **Raises:** `ValueError` for other shapes, or values that are not a covariance.
+
+    McLachlan & Peel (2000), *Finite Mixture Models*, section 3.2.
+    """
+
+    tied: ClassVar[bool] = False
+
+    def log_prob_at(self, coordinates: Any, x: Float[Array, "n d"]) -> Float[Array, "n k"]:
+        return self._residual_log_prob(coordinates, x)
+
+    def statistics(self, cotangents: Any) -> Moments:
+        return self._residual_statistics(cotangents)
+
+    def shortcut(self) -> None:
+        return None
+
+
+class TiedGaussian(_FullGaussian):
+    """Gaussians N(μₖ, Σ) that share one full covariance matrix.
+
+    In its expanded form the quadratic is ‖Wξ‖² − 2 bₖ·Wξ + ‖bₖ‖²: its first term is the same
+    for all components, so that an E-step costs two products with a (d, d) and a (k, d) matrix.
+    It is used where rounding cannot hurt (`shortcut`).
+
+    **Arguments:** `mean` (k, d); `covariance` (d, d), positive definite.
+
+    **Raises:** `ValueError` for other shapes, or values that are not a covariance.
+    """
+
+    tied: ClassVar[bool] = True
+
+    def log_prob_at(self, coordinates: Any, x: Float[Array, "n d"]) -> Float[Array, "n k"]:
+        if not self.expanded:
+            return self._residual_log_prob(coordinates, x)
+        # Only log_norm, b in its product with Wξ, and W in ‖Wξ‖² are differentiated.
+        log_norm, offset, whitener = coordinates
+        _, own_offset, own_whitener = self.coordinates()
+        centred = (x - self._centroid()).T
+        cross = la.matmul(offset, la.matmul(own_whitener[0], centred))
+        square = jnp.sum(la.matmul(whitener[0], centred) ** 2, axis=0)
+        constant = log_norm - 0.5 * jnp.sum(own_offset**2, axis=1)
+        return (constant[:, None] + cross - 0.5 * square).T
+
+    def statistics(self, cotangents: Any) -> Moments:
+        if not self.expanded:
+            return self._residual_statistics(cotangents)
+        count, white, square = cotangents  # Σr, Σr Wξ, −Σ r Wξ ξᵀ
+        _, offset, whitener = self.coordinates()
+        first = white - count[:, None] * offset
+        second = -la.matmul(square[0], whitener[0].T)
+        second = second - la.matmul(offset.T, white) - la.matmul(first.T, offset)
+        return Moments(self._share(count), count, first, _symmetric(second)[None])
+
+    def shortcut(self) -> tuple[Bool[Array, ""], Self]:
+        _, offset, _ = self.coordinates()
+        size = jnp.max(jnp.sum(offset**2, axis=1)) * offset.shape[1]
+        safe = size * jnp.finfo(offset.dtype).eps < EXPANSION_LIMIT
+        return safe, replace(self, expanded=True)
+
+
+def _symmetric(a: Array) -> Array:
+    return 0.5 * (a + la.transpose(a))

@@ -1,0 +1,1 @@
+from jaxem.models.mixture import Mixture as Mixture

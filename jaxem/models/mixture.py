@@ -1,0 +1,271 @@
+"""Finite mixtures of any emission: p(x) = Σₖ πₖ p(x | z = k).
+
+E-step. The log-joint is log πₖ + log p(x | z = k); one `jax.vjp` of it at the emission's
+coordinates, pulled back along the responsibilities, gives the expected counts nₖ = Σ r and the
+emission's sums, block by block of units. M-step: πₖ ← nₖ / Σ n and the emission's `maximize`.
+
+McLachlan & Peel (2000), *Finite Mixture Models*; Dempster, Laird & Rubin (1977), section 4.3.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Self
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
+
+from jaxem import _init
+from jaxem import _linalg as la
+from jaxem._checks import check_shape, check_weights
+from jaxem._emission import AbstractEmission, float_dtype, log_prob
+from jaxem._hold import Held, free, held_mask, natural_parameters, replace
+from jaxem._model import AbstractModel, all_finite
+from jaxem._posterior import AbstractPosterior, Exact
+from jaxem._statistics import Framed
+from jaxem._units import map_over_units, num_units, substitute, sum_over_units
+from jaxem.emissions._common import as_float, pseudo_count
+from jaxem.emissions.categorical import check_simplex, log_shares
+
+
+class Mixture(AbstractModel):
+    """A finite mixture.
+
+    **Arguments:** `weights` (k,), in the simplex; `components`, an emission with k components.
+
+    **Raises:** `ValueError` if the weights are not probabilities or not one per component.
+    """
+
+    natural: ClassVar[dict[str, tuple[str, ...]]] = {"weights": ("logits",)}
+    logits: Float[Array, " k"]
+    components: AbstractEmission
+    held: Held = eqx.field(static=True)
+
+    def __init__(self, weights: ArrayLike, components: AbstractEmission):
+        weights = as_float(weights)
+        check_shape("weights", weights, (components.num_components,))
+        check_simplex("weights", weights)
+        self.logits = la.floored_log(weights)
+        self.components = components
+        self.held = ()
+
+    @property
+    def weights(self) -> Float[Array, " k"]:
+        """Mixing proportions."""
+        return jax.nn.softmax(self.logits)
+
+    @property
+    def num_components(self) -> int:
+        return self.components.num_components
+
+    @property
+    def num_free_parameters(self) -> int:
+        """Number of parameters that the M-step moves, as AIC and BIC count them."""
+        weights = max(int(np.sum(free(self, "weights", self.num_components))) - 1, 0)
+        return weights + self.components.num_free_parameters
+
+    # E-step
+
+    def e_step(
+        self,
+        data: PyTree[Array],
+        weights: Float[Array, " n"] | None = None,
+        *,
+        posterior: AbstractPosterior = Exact(),
+        key: Array | None = None,
+    ) -> tuple[Framed, Float[Array, ""]]:
+        """Expected statistics about self, and the log-likelihood Σ w log p(x).
+
+        A unit of weight 0 equals an absent one, whatever it holds, NaN included.
+
+        **Raises:** `ValueError` for data or weights of the wrong shape or dtype.
+        """
+        self.check(data)
+        check_weights(weights, num_units(data))
+
+        def total(components: AbstractEmission) -> Any:
+            return replace(self, components=components)._sums(data, weights, posterior, key)
+
+        shortcut = self.components.shortcut()
+        if shortcut is None:
+            (counts, sums), log_likelihood = total(self.components)
+        else:
+            safe, cheaper = shortcut
+            (counts, sums), log_likelihood = lax.cond(
+                safe, lambda: total(cheaper), lambda: total(self.components)
+            )
+        return Framed((counts, sums), self), log_likelihood
+
+    def _sums(
+        self, data: Any, weights: Any, posterior: AbstractPosterior, key: Any, given: Any = None
+    ) -> Any:
+        """Sums about self and Σ w log p(x); `given` responsibilities replace the posterior's."""
+        at = (jax.nn.log_softmax(self.logits), self.components.coordinates())
+
+        def block(units: Any, w: Any, block_key: Any) -> Any:
+            x, responsibilities = units
+            if weights is not None:
+                x = substitute(x, (w != 0) | self.in_support(x))
+            log_joint, pullback = jax.vjp(lambda c: c[0] + self.components.log_prob_at(c[1], x), at)
+            log_prob, posterior_of_z = posterior.marginalize(log_joint, block_key)
+            r = posterior_of_z if responsibilities is None else responsibilities
+            if w is not None:
+                w = w.astype(log_joint.dtype)
+                r = w[:, None] * r
+                log_prob = w * jnp.where((w != 0) | jnp.isfinite(log_prob), log_prob, 0)
+            return pullback(r.astype(log_joint.dtype))[0], jnp.sum(log_prob)
+
+        (counts, cotangents), value = sum_over_units(
+            block, (data, given), weights, width=self._width(data), key=key
+        )
+        return (counts, self.components.statistics(cotangents)), value
+
+    def _width(self, data: PyTree[Array]) -> int:
+        """How many numbers a block holds for each unit: one for each component and feature."""
+        features = sum(leaf.size // leaf.shape[0] for leaf in jax.tree.leaves(data))
+        return features * self.num_components
+
+    def reframe(self, sums: Any, old: Self) -> Any:
+        counts, component_sums = sums
+        return counts, self.components.reframe(component_sums, old.components)
+
+    # M-step
+
+    def m_step(self, statistics: Framed) -> Self:
+        """The constrained maximum: free weights share what held ones leave."""
+        counts, sums = statistics.at(self).sums
+        return replace(
+            self, logits=self._log_weights(counts), components=self.components.maximize(sums)
+        )
+
+    def _log_weights(self, counts: Float[Array, " k"]) -> Float[Array, " k"]:
+        mask = held_mask(self, "weights")
+        if mask is False:
+            return log_shares(counts, self.logits)
+        if mask is True:
+            return self.logits
+        now = jax.nn.log_softmax(self.logits)
+        left = la.floored_log(1 - jnp.sum(jnp.where(mask, jnp.exp(now), 0)))
+        shares = log_shares(jnp.where(mask, 0, counts), now)
+        return jnp.where(mask, now, left + shares)
+
+    def expected_log_prob(self, statistics: Framed) -> Float[Array, ""]:
+        """Q(self; statistics) = Σ r (log π + log p(x | z)), up to a term in the data alone."""
+        counts, sums = statistics.at(self).sums
+        own = jnp.sum(counts * jax.nn.log_softmax(self.logits))
+        return own + self.components.expected_log_prob(sums)
+
+    def prior(
+        self, weights: ArrayLike | None = None, components: Framed | None = None
+    ) -> Framed:
+        """The conjugate prior as pseudo-statistics; `None` leaves a part flat.
+
+        **Arguments:** `weights`, concentrations (≥ 1, scalar or (k,)) of a Dirichlet;
+        `components`, from `self.components.prior(…)`.
+
+        **Raises:** `ValueError` for a concentration below 1.
+        """
+        concentration = jnp.asarray(1.0 if weights is None else weights)
+        counts = pseudo_count("weights − 1", concentration - 1, self.logits)
+        own = self.components.prior() if components is None else components
+        return Framed((counts, own.sums), replace(self, components=own.frame))
+
+    # What a mixture says of data
+
+    def check(self, data: PyTree[Array]) -> None:
+        self.components.check(data)
+        num_units(data)
+
+    def in_support(self, data: PyTree[Array]) -> Bool[Array, " n"]:
+        return self.components.in_support(data)
+
+    def _log_joint(self, data: PyTree[Array]) -> Float[Array, "n k"]:
+        return jax.nn.log_softmax(self.logits) + log_prob(self.components, data)
+
+    def log_prob(self, data: PyTree[Array]) -> Float[Array, " n"]:
+        """log p(x) of each unit."""
+        return self._map(lambda joint: Exact().marginalize(joint)[0], data)
+
+    def responsibilities(self, data: PyTree[Array]) -> Float[Array, "n k"]:
+        """P(z = k | x) of each unit."""
+        return self._map(lambda joint: Exact().marginalize(joint)[1], data)
+
+    def predict(self, data: PyTree[Array]) -> Int[Array, " n"]:
+        """The most probable component of each unit, the first among equals."""
+        return self._map(lambda joint: jnp.argmax(joint, axis=1), data)
+
+    def _map(self, function: Any, data: PyTree[Array]) -> Any:
+        self.check(data)
+        return map_over_units(
+            lambda x: function(self._log_joint(x)), data, width=self._width(data)
+        )
+
+    def sample(self, key: Array, n: int) -> tuple[PyTree[Array], Int[Array, " n"]]:
+        """n draws of x, and the components z that they come from."""
+        z_key, x_key = jax.random.split(key)
+        z = jax.random.categorical(z_key, self.logits, shape=(n,))
+        return self.components.sample(x_key, z), z
+
+    def degenerate(self, statistics: Framed, min_variance: Any) -> Bool[Array, " k"]:
+        counts, sums = statistics.at(self).sums
+        flags = self.components.degenerate(sums, min_variance)
+        return flags | ((counts < 1) & free(self, "weights", self.num_components))
+
+    def representable(self) -> Bool[Array, ""]:
+        return all_finite(natural_parameters(self))
+
+    # Starts
+
+    @classmethod
+    def init(
+        cls,
+        key: Array,
+        data: PyTree[Array],
+        num_components: int,
+        family: Any,
+        *,
+        weights: Float[Array, " n"] | None = None,
+        method: str = "k-means++",
+    ) -> Self:
+        """A start for a fit: one component around each of `num_components` units.
+
+        **Arguments:**
+
+        - `family`: an emission class, or `functools.partial` of one.
+        - `method`: `"k-means++"` draws units far from each other in the family's own deviance
+          (`jaxem.kmeans_plus_plus`); `"random"` draws them uniformly.
+
+        Pure, so that restarts are a `jax.vmap` over keys.
+
+        **Raises:** `ValueError` for more components than units, or an unknown method.
+        """
+        return cls._uniform(_init.seed(key, data, num_components, family, weights, method))
+
+    @classmethod
+    def from_responsibilities(
+        cls,
+        data: PyTree[Array],
+        responsibilities: Float[Array, "n k"],
+        family: Any,
+        *,
+        weights: Float[Array, " n"] | None = None,
+    ) -> Self:
+        """The M-step from given responsibilities, rows that sum to one.
+
+        Labels are the case of one-hot rows, `jax.nn.one_hot(labels, num_components)`.
+
+        **Raises:** `ValueError` if there is not one row for each unit.
+        """
+        check_shape("responsibilities", responsibilities, (num_units(data), "k"))
+        k = responsibilities.shape[1]
+        start = cls._uniform(_init.pooled(data, k, family, weights))
+        sums, _ = start._sums(data, weights, Exact(), None, given=responsibilities)
+        return start.m_step(Framed(sums, start))
+
+    @classmethod
+    def _uniform(cls, components: AbstractEmission) -> Self:
+        k = components.num_components
+        return cls(jnp.full(k, 1 / k, float_dtype(components)), components)
