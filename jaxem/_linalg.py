@@ -22,6 +22,15 @@ def apply(a: Float[Array, "*b m n"], v: Float[Array, "*b n"]) -> Float[Array, "*
     return matmul(a, v[..., None])[..., 0]
 
 
+def repeat(values: Float[Array, " k"], n: int) -> Float[Array, "k n"]:
+    """The values, for each of n units.
+
+    Its transpose is a product with ones, several times faster on CPU than the sum along the
+    minor axis that broadcasting would transpose to.
+    """
+    return matmul(values[:, None], jnp.ones((1, n), values.dtype))
+
+
 def cholesky(a: Float[Array, "*b d d"]) -> Float[Array, "*b d d"]:
     """Lower Cholesky factor; NaN where the matrix is not positive definite."""
     if a.shape[-1] == 1:

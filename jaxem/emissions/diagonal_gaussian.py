@@ -125,7 +125,7 @@ class _ScaledGaussian(AbstractEmission):
         if self.expanded:
             square = centred**2
             if self.spherical:
-                square = jnp.sum(square, axis=0, keepdims=True)
+                square = la.matmul(jnp.ones_like(origin)[None], square)
             square = la.matmul(quadratic, square)
             constant = log_norm - 0.5 * jnp.sum(offset**2, axis=1)
         else:
@@ -134,7 +134,8 @@ class _ScaledGaussian(AbstractEmission):
             residual = inverse[:, :, None] * centred - offset[:, :, None]
             square = la.matmul(quadratic[:, None, :], residual**2)[:, 0]
             constant = log_norm
-        return (constant[:, None] + la.matmul(linear, centred) - 0.5 * square).T
+        constant = la.repeat(constant, x.shape[0])
+        return (constant + la.matmul(linear, centred) - 0.5 * square).T
 
     def statistics(self, cotangents: Any) -> Moments:
         count, first, square = cotangents  # Σr, Σr ξ, −½ Σr y² or −½ Σr ξ²

@@ -71,7 +71,7 @@ class Exponential(AbstractEmission):
 
     def log_prob_at(self, coordinates: Any, x: Float[Array, "n d"]) -> Float[Array, "n k"]:
         log_norm, slope = coordinates
-        return (log_norm[:, None] + la.matmul(slope, x.T)).T
+        return (la.repeat(log_norm, x.shape[0]) + la.matmul(slope, x.T)).T
 
     def statistics(self, cotangents: Any) -> DurationTotals:
         units, total = cotangents

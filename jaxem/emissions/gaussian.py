@@ -119,7 +119,7 @@ class _FullGaussian(AbstractEmission):
         c, d, _ = whitener.shape
         white = la.matmul(whitener.reshape(c * d, d), (x - self._centroid()).T)
         residual = white.reshape(c, d, -1) - offset[:, :, None]
-        return (log_norm[:, None] - 0.5 * jnp.sum(residual * residual, axis=1)).T
+        return (la.repeat(log_norm, x.shape[0]) - 0.5 * jnp.sum(residual * residual, axis=1)).T
 
     def _residual_statistics(self, cotangents: Any) -> Moments:
         count, first, second = cotangents
@@ -301,9 +301,10 @@ class TiedGaussian(_FullGaussian):
         _, own_offset, own_whitener = self.coordinates()
         centred = (x - self._centroid()).T
         cross = la.matmul(offset, la.matmul(own_whitener[0], centred))
-        square = jnp.sum(la.matmul(whitener[0], centred) ** 2, axis=0)
+        square = la.matmul(whitener[0], centred) ** 2
+        square = la.matmul(jnp.ones_like(offset[:1]), square)
         constant = log_norm - 0.5 * jnp.sum(own_offset**2, axis=1)
-        return (constant[:, None] + cross - 0.5 * square).T
+        return (la.repeat(constant, x.shape[0]) + cross - 0.5 * square).T
 
     def statistics(self, cotangents: Any) -> Moments:
         if not self.expanded:

@@ -85,7 +85,7 @@ class Multinomial(AbstractEmission):
         saturated = jnp.log(jnp.where(x > 0, x / jnp.where(total > 0, total, 1), 1))
         common = jnp.sum(jnp.where(x > 0, x * (anchor - saturated), 0), axis=1)
         common = common + factorial_remainder(total[:, 0]) - jnp.sum(factorial_remainder(x), axis=1)
-        own = la.matmul(coordinates.counts - anchor, x.T) + coordinates.units[:, None]
+        own = la.matmul(coordinates.counts - anchor, x.T) + la.repeat(coordinates.units, len(x))
         return (own + common).T
 
     def statistics(self, cotangents: CategoryCounts) -> CategoryCounts:

@@ -79,7 +79,7 @@ class Poisson(AbstractEmission):
         constant, linear = coordinates
         x = x.astype(self.log_rate.dtype).T
         own = -jnp.sum(_half_deviance(x, self.log_rate[:, :, None]), axis=1)
-        own = own + constant[:, None] + la.matmul(linear, x)
+        own = own + la.repeat(constant, x.shape[1]) + la.matmul(linear, x)
         return (own - jnp.sum(factorial_remainder(x), axis=0)).T
 
     def statistics(self, cotangents: Any) -> CountTotals:

@@ -109,7 +109,13 @@ class Mixture(AbstractModel):
             x, responsibilities = units
             if weights is not None:
                 x = substitute(x, (w != 0) | self.in_support(x))
-            log_joint, pullback = jax.vjp(lambda c: c[0] + self.components.log_prob_at(c[1], x), at)
+
+            def joint(coordinates: Any) -> Float[Array, "n k"]:
+                log_weights, emission_coordinates = coordinates
+                log_prob = self.components.log_prob_at(emission_coordinates, x)
+                return la.repeat(log_weights, log_prob.shape[0]).T + log_prob
+
+            log_joint, pullback = jax.vjp(joint, at)
             log_prob, posterior_of_z = posterior.marginalize(log_joint, block_key)
             r = posterior_of_z if responsibilities is None else responsibilities
             if w is not None:
