@@ -1,5 +1,9 @@
 from jaxem._adjoint import AbstractAdjoint as AbstractAdjoint
 from jaxem._adjoint import Forward as Forward
+from jaxem._check import check_model as check_model
+from jaxem._criteria import aic as aic
+from jaxem._criteria import bic as bic
+from jaxem._criteria import icl as icl
 from jaxem._em import EM as EM
 from jaxem._em import AbstractAccumulation as AbstractAccumulation
 from jaxem._em import AbstractAlgorithm as AbstractAlgorithm
@@ -12,12 +16,15 @@ from jaxem._fit import Progress as Progress
 from jaxem._fit import fit as fit
 from jaxem._hold import freeze as freeze
 from jaxem._hold import unfreeze as unfreeze
+from jaxem._kmeans import KMeans as KMeans
+from jaxem._kmeans import kmeans as kmeans
 from jaxem._model import AbstractModel as AbstractModel
 from jaxem._model import from_functions as from_functions
 from jaxem._posterior import AbstractExpectation as AbstractExpectation
 from jaxem._posterior import AbstractPosterior as AbstractPosterior
 from jaxem._posterior import Exact as Exact
 from jaxem._posterior import Hard as Hard
+from jaxem._restarts import fit_restarts as fit_restarts
 from jaxem._sharding import Sharded as Sharded
 from jaxem._solution import RESULTS as RESULTS
 from jaxem._solution import Solution as Solution

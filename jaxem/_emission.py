@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxem._hold import Held
+from jaxem._repr import describe
 from jaxem._statistics import Framed
 
 
@@ -29,6 +30,9 @@ class AbstractEmission(eqx.Module):
 
     natural: eqx.AbstractClassVar[dict[str, tuple[str, ...]]]
     held: eqx.AbstractVar[Held]
+
+    def __repr__(self) -> str:
+        return describe(self)
 
     @property
     @abc.abstractmethod

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -56,18 +57,30 @@ def seed(
     n = num_units(data)
     if not 1 <= num_components <= n:
         raise ValueError(f"{num_components} components cannot start from {n} units.")
-    whole = pooled(data, 1, family, weights)
+    if method not in ("k-means++", "random"):
+        raise ValueError(f'method must be "k-means++" or "random", got {method!r}.')
+    return _seed(key, data, pooled(data, 1, family, weights), num_components, weights, method)
+
+
+@eqx.filter_jit
+def _seed(
+    key: Array,
+    data: PyTree[Array],
+    whole: AbstractEmission,
+    num_components: int,
+    weights: Float[Array, " n"] | None,
+    method: str,
+) -> AbstractEmission:
+    n = num_units(data)
     if weights is not None:
         data = substitute(data, weights > 0)
     mass = jnp.ones(n) if weights is None else weights
     if method == "k-means++":
         indices, closest = kmeans_plus_plus(key, whole, data, num_components, weights)
-    elif method == "random":
+    else:
         gumbel = jax.random.gumbel(key, (n,)) + jnp.log(mass)
         indices = lax.top_k(gumbel, num_components)[1]
         closest = jnp.min(deviance(whole, data, indices), axis=1)
-    else:
-        raise ValueError(f'method must be "k-means++" or "random", got {method!r}.')
     around_all = saturated(whole, data) - map_over_units(
         lambda x: log_prob(whole, x)[:, 0], data, width=_width(data)
     )

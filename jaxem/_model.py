@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxem._emission import finite
 from jaxem._hold import Held, replace
+from jaxem._repr import describe
 from jaxem._posterior import AbstractPosterior, Exact
 from jaxem._statistics import Framed
 from jaxem._units import num_units
@@ -24,6 +25,9 @@ class AbstractModel(eqx.Module):
     The leading axis of every leaf of `data` is the unit: a point, a sequence, a document.
     `weights` holds one non-negative number per unit.
     """
+
+    def __repr__(self) -> str:
+        return describe(self) if hasattr(self, "natural") else eqx.tree_pformat(self)
 
     @abc.abstractmethod
     def e_step(
@@ -51,6 +55,10 @@ class AbstractModel(eqx.Module):
     @abc.abstractmethod
     def in_support(self, data: PyTree[Array]) -> Bool[Array, " n"]:
         """Whether each unit is a possible observation."""
+
+    @abc.abstractmethod
+    def width(self, data: PyTree[Array]) -> int:
+        """How many numbers an E-step holds for each unit; it decides block and batch sizes."""
 
     @abc.abstractmethod
     def degenerate(self, statistics: Framed, min_variance: Any) -> Bool[Array, " k"]:
@@ -101,6 +109,9 @@ class FunctionModel(AbstractModel):
 
     def in_support(self, data: PyTree[Array]) -> Bool[Array, " n"]:
         return finite(data)
+
+    def width(self, data: PyTree[Array]) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves((self.params, data))) // num_units(data)
 
     def degenerate(self, statistics: Framed, min_variance: Any) -> Bool[Array, " 1"]:
         return jnp.zeros((1,), bool)

@@ -87,15 +87,20 @@ def best(solutions: Solution) -> Solution:
             f"fit_restarts; got an objective of shape {jnp.shape(solutions.objective)}."
         )
     objective = solutions.objective
-    good = is_any(solutions.result, RESULTS.converged, RESULTS.max_steps_reached)
-    poor = solutions.result == RESULTS.degenerate
-    finite = jnp.isfinite(objective)
-    rank = jnp.where(finite, jnp.where(good, 3, jnp.where(poor, 2, 1)), 0)
-    top = rank == jnp.max(rank)
-    winner = jnp.argmax(jnp.where(top, jnp.where(finite, objective, -jnp.inf), -jnp.inf))
-    passed = jnp.sum(finite & (objective > objective[winner]) & ~top)
+    winner = lane_order(solutions)[0]
+    above = jnp.isfinite(objective) & (objective > objective[winner])
     chosen = jax.tree.map(lambda leaf: leaf[winner], solutions)
-    return eqx.tree_at(lambda s: s.set_aside, chosen, passed.astype(jnp.int32))
+    return eqx.tree_at(lambda s: s.set_aside, chosen, jnp.sum(above).astype(jnp.int32))
+
+
+def lane_order(solutions: Solution) -> Int[Array, " lanes"]:
+    """Lanes from best to worst: sound ones, degenerate ones, failed ones, each by objective."""
+    objective = solutions.objective
+    finite = jnp.isfinite(objective)
+    sound = is_any(solutions.result, RESULTS.converged, RESULTS.max_steps_reached)
+    degenerate = solutions.result == RESULTS.degenerate
+    rank = jnp.where(finite, jnp.where(sound, 3, jnp.where(degenerate, 2, 1)), 0)
+    return jnp.lexsort((-jnp.where(finite, objective, -jnp.inf), -rank))
 
 
 def is_any(result: RESULTS, *members: RESULTS) -> Array:

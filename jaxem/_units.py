@@ -41,11 +41,20 @@ def num_units(data: PyTree[Array]) -> int:
 
 def _blocking(n: int, width: int) -> tuple[int, int]:
     """Number and size of the blocks: equal ones where a nearby number divides n."""
-    budget = _BUDGET.get(jax.default_backend(), _ACCELERATOR_BUDGET)
-    least = max(1, min(-(-n * max(width, 1) // budget), n))
+    least = max(1, min(-(-n * max(width, 1) // _budget()), n))
     equal = (count for count in range(least, least + least // 4 + 1) if n % count == 0)
     size = -(-n // next(equal, least))
     return -(-n // size), size
+
+
+def _budget() -> int:
+    return _BUDGET.get(jax.default_backend(), _ACCELERATOR_BUDGET)
+
+
+def lanes_at_once(num_lanes: int, numbers_per_lane: int) -> int:
+    """How many fits to run side by side: what one block may hold, in equal batches if possible."""
+    most = max(1, min(num_lanes, _budget() // max(numbers_per_lane, 1)))
+    return next((size for size in range(most, most // 2, -1) if num_lanes % size == 0), most)
 
 
 def _take(data: PyTree[Array], start: Array, size: int) -> PyTree[Array]:
@@ -136,6 +145,7 @@ def substitute(data: PyTree[Array], keep: Array) -> PyTree[Array]:
     return jax.tree.map(one, data)
 
 
+@jax.jit
 def weighted_mean(x: Float[Array, "n d"], weights: Float[Array, " n"]) -> Float[Array, " d"]:
     """Σ w x / Σ w, summed about the first unit that has weight."""
     origin = x[jnp.argmax(weights > 0)]
@@ -147,6 +157,7 @@ def weighted_mean(x: Float[Array, "n d"], weights: Float[Array, " n"]) -> Float[
     return origin + total / count
 
 
+@jax.jit
 def weighted_second_moments(
     x: Float[Array, "n d"], mean: Float[Array, " d"], weights: Float[Array, " n"]
 ) -> tuple[Float[Array, " d"], Float[Array, "d d"]]:

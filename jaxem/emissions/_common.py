@@ -75,5 +75,5 @@ def factorial_remainder(x: Array) -> Array:
     big = jnp.where(large, x, 16)
     inverse = 1 / big
     tail = inverse * (1 / 12 - inverse**2 * (1 / 360 - inverse**2 * (1 / 1260 - inverse**2 / 1680)))
-    series = 0.5 * jjnp.log(2 * math.pi * big) + tail
+    series = 0.5 * jnp.log(2 * math.pi * big) + tail
     return jnp.where(large, series, jnp.where(x > 0, direct, 0))

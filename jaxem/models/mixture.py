@@ -125,12 +125,12 @@ class Mixture(AbstractModel):
             return pullback(r.astype(log_joint.dtype))[0], jnp.sum(log_prob)
 
         (counts, cotangents), value = sum_over_units(
-            block, (data, given), weights, width=self._width(data), key=key
+            block, (data, given), weights, width=self.width(data), key=key
         )
         return (counts, self.components.statistics(cotangents)), value
 
-    def _width(self, data: PyTree[Array]) -> int:
-        """How many numbers a block holds for each unit: one for each component and feature."""
+    def width(self, data: PyTree[Array]) -> int:
+        """Numbers an E-step holds for each unit: one for each component and feature."""
         features = sum(leaf.size // leaf.shape[0] for leaf in jax.tree.leaves(data))
         return features * self.num_components
 
@@ -206,7 +206,7 @@ class Mixture(AbstractModel):
     def _map(self, function: Any, data: PyTree[Array]) -> Any:
         self.check(data)
         return map_over_units(
-            lambda x: function(self._log_joint(x)), data, width=self._width(data)
+            lambda x: function(self._log_joint(x)), data, width=self.width(data)
         )
 
     def sample(self, key: Array, n: int) -> tuple[PyTree[Array], Int[Array, " n"]]:

@@ -1,0 +1,55 @@
+"""Criteria for choosing among models: less is better."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from jaxem._checks import check_weights
+from jaxem._solution import Solution
+from jaxem._units import num_units
+
+
+def aic(
+    fitted: Any, data: PyTree[Array], *, weights: Float[Array, " n"] | None = None
+) -> Float[Array, ""]:
+    """Akaike's criterion, −2 log L + 2 p, from the log-likelihood without any prior.
+
+    `fitted` is a model or a `Solution`; p counts the parameters that are not held.
+    """
+    log_likelihood, model, _ = _evaluate(fitted, data, weights)
+    return -2 * log_likelihood + 2 * model.num_free_parameters
+
+
+def bic(
+    fitted: Any, data: PyTree[Array], *, weights: Float[Array, " n"] | None = None
+) -> Float[Array, ""]:
+    """Schwarz's criterion, −2 log L + p log n, with n the total weight of the units."""
+    log_likelihood, model, total = _evaluate(fitted, data, weights)
+    return -2 * log_likelihood + model.num_free_parameters * jnp.log(total)
+
+
+def icl(
+    fitted: Any, data: PyTree[Array], *, weights: Float[Array, " n"] | None = None
+) -> Float[Array, ""]:
+    """Integrated completed likelihood, BIC + 2 × the entropy of the responsibilities.
+
+    Biernacki, Celeux & Govaert (2000), IEEE PAMI 22.
+    """
+    _, model, _ = _evaluate(fitted, data, weights)
+    r = model.responsibilities(data)
+    entropy = jnp.sum(jax.scipy.special.entr(r), axis=1)
+    entropy = entropy if weights is None else jnp.where(weights != 0, weights * entropy, 0)
+    return bic(fitted, data, weights=weights) + 2 * jnp.sum(entropy)
+
+
+def _evaluate(fitted: Any, data: Any, weights: Any) -> tuple[Array, Any, Array]:
+    model = fitted.model if isinstance(fitted, Solution) else fitted
+    n = num_units(data)
+    check_weights(weights, n)
+    _, log_likelihood = model.e_step(data, weights)
+    total = jnp.asarray(n, log_likelihood.dtype) if weights is None else jnp.sum(weights)
+    return log_likelihood, model, total

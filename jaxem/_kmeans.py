@@ -1,0 +1,98 @@
+"""k-means as hard EM: a mixture of spheres whose weights and one scale are held.
+
+With equal weights and one variance the hard E-step assigns each unit to the nearest centroid,
+and the M-step moves each centroid to the mean of its units: Lloyd's algorithm.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxem._checks import check_units
+from jaxem._em import EM
+from jaxem._hold import freeze
+from jaxem._posterior import Hard
+from jaxem._restarts import fit_restarts
+from jaxem._solution import Solution, lane_order
+from jaxem._units import map_over_units, sum_over_units
+from jaxem.emissions import SphericalGaussian
+from jaxem.models import Mixture
+
+
+class KMeans(eqx.Module):
+    """Clusters found by `kmeans`.
+
+    - `centroids` (k, d).
+    - `inertia`: Σ w ‖x − nearest centroid‖², from the residuals themselves.
+    - `sizes` (k,): weight of the units of each cluster.
+    - `empty` (k,): clusters without any.
+    - `solution`: how the best start ended; its model predicts.
+    """
+
+    centroids: Float[Array, "k d"]
+    inertia: Float[Array, ""]
+    sizes: Float[Array, " k"]
+    empty: Bool[Array, " k"]
+    solution: Solution
+
+    def predict(self, x: Float[Array, "n d"]) -> Int[Array, " n"]:
+        """The nearest centroid of each unit."""
+        return self.solution.model.predict(x)
+
+
+def kmeans(
+    key: Array,
+    x: Float[Array, "n d"],
+    num_clusters: int,
+    *,
+    weights: Float[Array, " n"] | None = None,
+    num_restarts: int = 10,
+    tol: float | None = None,
+    max_steps: int = 300,
+) -> KMeans:
+    """k-means clustering: the best of several greedy k-means++ starts.
+
+    **Arguments:** as for `fit`; the key draws the starts. A start that ends with an empty cluster
+    counts as degenerate and is returned only if every start does.
+
+    **Raises:** `ValueError` for wrong shapes or dtypes, or more clusters than units.
+
+    Lloyd (1982), IEEE Trans. Inf. Theory 28; Arthur & Vassilvitskii (2007), SODA.
+    """
+    check_units(x, x.shape[1] if getattr(x, "ndim", 0) == 2 else 1, "kmeans")
+    family = functools.partial(SphericalGaussian, tied=True)
+
+    def start(start_key: Array) -> Mixture:
+        model = Mixture.init(start_key, x, num_clusters, family, weights=weights)
+        return freeze(model, "weights", "components.variance")
+
+    models = jax.vmap(start)(jax.random.split(key, num_restarts))
+    runs = fit_restarts(
+        models, x, EM(Hard()), weights=weights, tol=tol, max_steps=max_steps
+    )
+    # Starts differ in the scale they hold, which is no part of k-means: compare inertias.
+    inertias = jax.lax.map(lambda model: inertia(model.components.mean, x, weights), runs.model)
+    winner = lane_order(eqx.tree_at(lambda s: s.objective, runs, -inertias))[0]
+    solution = jax.tree.map(lambda leaf: leaf[winner], runs)
+    sizes, _ = solution.statistics.sums
+    return KMeans(
+        solution.model.components.mean, inertias[winner], sizes, sizes <= 0, solution
+    )
+
+
+def inertia(
+    centroids: Float[Array, "k d"], x: Float[Array, "n d"], weights: Float[Array, " n"] | None
+) -> Float[Array, ""]:
+    """Σ w ‖x − nearest centroid‖², from residuals, without cancellation."""
+
+    def block(part: Array, w: Array | None, _: None) -> Array:
+        gaps = part.T[None] - centroids[:, :, None]
+        nearest = jnp.min(jnp.sum(gaps * gaps, axis=1), axis=0)
+        return jnp.sum(nearest if w is None else jnp.where(w != 0, w * nearest, 0))
+
+    return sum_over_units(block, x, weights, width=centroids.size)

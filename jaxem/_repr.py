@@ -1,0 +1,45 @@
+"""Readable accounts of models: natural parameters, not leaves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxem._hold import natural_parameters
+
+_MOST = 24  # numbers that are worth reading; larger arrays show their shape
+
+
+def describe(module: Any) -> str:
+    """`Mixture(weights=[0.36 0.64], components=Gaussian(…))`, one natural parameter a line."""
+    return _module(module, natural_parameters(module), "")
+
+
+def _module(module: Any, natural: dict[str, Any], indent: str) -> str:
+    held = {name: mask for name, mask in module.held}
+    inner = indent + "  "
+    lines = []
+    for name, value in natural.items():
+        if isinstance(value, dict):
+            child = getattr(module, name)
+            if isinstance(child, tuple):
+                parts = (_module(part, value[str(i)], inner + "  ") for i, part in enumerate(child))
+                body = "(" + "".join(f"\n{inner}  {part}," for part in parts) + f"\n{inner})"
+            else:
+                body = _module(child, value, inner)
+        else:
+            body = _array(value, len(inner) + len(name) + 1)
+            if name in held:
+                mask = held[name]
+                body += "  # held" + ("" if mask is None else f" where {list(map(int, mask))}")
+        lines.append(f"{inner}{name}={body}")
+    return f"{type(module).__name__}(\n" + ",\n".join(lines) + f"\n{indent})"
+
+
+def _array(value: Any, column: int) -> str:
+    if isinstance(value, jax.core.Tracer) or not hasattr(value, "dtype") or value.size > _MOST:
+        shape = ",".join(str(size) for size in getattr(value, "shape", ()))
+        return f"{getattr(value, 'dtype', type(value).__name__)}[{shape}]"
+    return np.array2string(np.asarray(value), precision=5, prefix=" " * column)
