@@ -129,7 +129,9 @@ def _near(what: str, a: Any, b: Any, tol: float) -> str:
 
 def _weighs(model: Any, data: Any) -> None:
     try:
-        jax.eval_shape(lambda: _plain(model.e_step(data, jnp.ones(num_units(data), float_dtype(model)))))
+        jax.eval_shape(
+            lambda: _plain(model.e_step(data, jnp.ones(num_units(data), float_dtype(model))))
+        )
     except TypeError:
         raise _NotApplicable("its E-step takes no unit weights") from None
 
@@ -266,7 +268,9 @@ def _honest(model: Any, data: Any, tol: float) -> str:
     last = solution.history[solution.num_steps]
     _near("objective and last history entry", solution.objective, last, 0.0)
     slack = tol * max(1.0, abs(float(again[1])))
-    _near("statistics of the solution and of its model", solution.statistics.sums, again[0].sums, tol)
+    _near(
+        "statistics of the solution and of its model", solution.statistics.sums, again[0].sums, tol
+    )
     assert abs(float(again[1] - solution.log_likelihood)) <= slack, "stale log-likelihood"
     spoilt = fit(model, jax.tree.map(_spoil, data), max_steps=5, throw=False)
     assert bool(spoilt.result == RESULTS.invalid_data), "a spoilt unit was not called invalid"
@@ -278,5 +282,7 @@ def _gradients(model: Any, data: Any, tol: float) -> str:
     n = num_units(data)
     weights = jnp.ones(n, float_dtype(model)).at[0].set(0)
     spoilt = jax.tree.map(_spoil, data)
-    assert bool(all_finite(_score(model, spoilt, weights))), "a unit of weight 0 spoils the gradient"
+    assert bool(all_finite(_score(model, spoilt, weights))), (
+        "a unit of weight 0 spoils the gradient"
+    )
     return "with a spoilt unit of weight 0"

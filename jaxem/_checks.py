@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike
 
 
@@ -79,7 +79,7 @@ def check_values(ok: ArrayLike, message: str) -> None:
 
     Under a transformation the outcome of a fit is judged by its `RESULTS` instead.
     """
-    if isinstance(ok, jax.core.Tracer):
+    if isinstance(ok, Tracer):
         return
     if not np.all(np.asarray(ok)):
         raise ValueError(message)
@@ -87,4 +87,4 @@ def check_values(ok: ArrayLike, message: str) -> None:
 
 def concrete(value: Any) -> np.ndarray | None:
     """The value as a NumPy array, or None for a tracer."""
-    return None if isinstance(value, jax.core.Tracer) else np.asarray(value)
+    return None if isinstance(value, Tracer) else np.asarray(value)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxem._checks import check_weights
 from jaxem._solution import Solution
-from jaxem._units import num_units
+from jaxem._units import as_arrays, num_units
 
 
 def aic(
@@ -48,6 +48,7 @@ def icl(
 
 def _evaluate(fitted: Any, data: Any, weights: Any) -> tuple[Array, Any, Array]:
     model = fitted.model if isinstance(fitted, Solution) else fitted
+    data, weights = as_arrays(data), as_arrays(weights)
     n = num_units(data)
     check_weights(weights, n)
     _, log_likelihood = model.e_step(data, weights)

@@ -87,9 +87,7 @@ class AbstractEmission(eqx.Module):
         """One draw from component z for each entry of `z`."""
 
     @abc.abstractmethod
-    def degenerate(
-        self, sums: PyTree[Array], min_variance: Float[Array, ""]
-    ) -> Bool[Array, " k"]:
+    def degenerate(self, sums: PyTree[Array], min_variance: Float[Array, ""]) -> Bool[Array, " k"]:
         """Components that rest on too few units, or on hardly any variance."""
 
     @classmethod
@@ -128,8 +126,7 @@ def build(family: Any) -> tuple[Any, dict[str, Any]]:
 def finite(x: PyTree[Array]) -> Bool[Array, " n"]:
     """Units all of whose numbers are finite."""
     flags = [
-        jnp.isfinite(leaf).reshape(leaf.shape[0], -1).all(axis=1)
-        for leaf in jax.tree.leaves(x)
+        jnp.isfinite(leaf).reshape(leaf.shape[0], -1).all(axis=1) for leaf in jax.tree.leaves(x)
     ]
     return jnp.stack(flags).all(axis=0)
 

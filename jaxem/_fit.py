@@ -19,7 +19,7 @@ from jaxem._posterior import Exact
 from jaxem._sharding import on_shards
 from jaxem._solution import RESULTS, Solution, is_any
 from jaxem._statistics import Framed, distance
-from jaxem._units import num_units
+from jaxem._units import as_arrays, num_units
 
 
 def _print_progress(step: int, objective: float, change: float) -> None:
@@ -38,6 +38,14 @@ class Progress(eqx.Module):
     def __check_init__(self):
         if self.every < 1:
             raise ValueError(f"Progress reports every 1 or more steps, got {self.every}.")
+
+    def tell(self, step: Array, objective: Array, change: Array) -> None:
+        """Reports from within a compiled program, if it is the turn of this step."""
+        jax.lax.cond(
+            step % self.every == 0,
+            lambda: jax.debug.callback(self.report, step, objective, change),
+            lambda: None,
+        )
 
 
 def fit(
@@ -88,8 +96,10 @@ def fit(
     **Raises:** `ValueError` for wrong shapes, dtypes or settings; with `throw`,
     `equinox.EquinoxRuntimeError` for the outcomes above.
     """
+    data, weights = as_arrays(data), as_arrays(weights)
     _check_arguments(model, data, weights, prior, tol, max_steps)
     dtype = float_dtype(model)
+    weights = None if weights is None else weights.astype(dtype)
     tol = float(jnp.finfo(dtype).eps) ** (2 / 3) if tol is None else tol
     progress = Progress(progress) if isinstance(progress, int) else progress
     solution = _fit(
@@ -203,11 +213,7 @@ def _fit(
         result = RESULTS.where(finite, result, RESULTS.nonfinite)
 
         if progress is not None:
-            jax.lax.cond(
-                step % progress.every == 0,
-                lambda: jax.debug.callback(progress.report, step, new.objective, change),
-                lambda: None,
-            )
+            progress.tell(step, new.objective, change)
         written = jnp.where(failed, jnp.nan, new.objective)
         return _Carry(
             state=jax.tree.map(lambda a, b: jnp.where(failed, a, b), old, new),
@@ -225,18 +231,14 @@ def _fit(
     model = state.model
     if not algorithm.exact:
         statistics, log_likelihood = model.e_step(data, weights, posterior=Exact())
-        objective = log_likelihood if prior is None else (
-            log_likelihood + model.expected_log_prob(prior)
+        objective = (
+            log_likelihood if prior is None else (log_likelihood + model.expected_log_prob(prior))
         )
     combined = statistics if prior is None else statistics + prior
     thin = jnp.any(model.degenerate(combined, min_variance))
     valid = ~is_any(final.result, RESULTS.invalid_data, RESULTS.invalid_weights)
-    result = RESULTS.where(
-        model.representable() | ~valid | thin, final.result, RESULTS.nonfinite
-    )
-    result = RESULTS.where(
-        thin & valid & (result != RESULTS.decreased), RESULTS.degenerate, result
-    )
+    result = RESULTS.where(model.representable() | ~valid | thin, final.result, RESULTS.nonfinite)
+    result = RESULTS.where(thin & valid & (result != RESULTS.decreased), RESULTS.degenerate, result)
     return Solution(
         model=model,
         objective=objective,

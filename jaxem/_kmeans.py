@@ -19,7 +19,7 @@ from jaxem._hold import freeze
 from jaxem._posterior import Hard
 from jaxem._restarts import fit_restarts
 from jaxem._solution import Solution, lane_order
-from jaxem._units import map_over_units, sum_over_units
+from jaxem._units import as_arrays, sum_over_units
 from jaxem.emissions import SphericalGaussian
 from jaxem.models import Mixture
 
@@ -64,6 +64,7 @@ def kmeans(
 
     Lloyd (1982), IEEE Trans. Inf. Theory 28; Arthur & Vassilvitskii (2007), SODA.
     """
+    x, weights = as_arrays(x), as_arrays(weights)
     check_units(x, x.shape[1] if getattr(x, "ndim", 0) == 2 else 1, "kmeans")
     family = functools.partial(SphericalGaussian, tied=True)
 
@@ -72,17 +73,13 @@ def kmeans(
         return freeze(model, "weights", "components.variance")
 
     models = jax.vmap(start)(jax.random.split(key, num_restarts))
-    runs = fit_restarts(
-        models, x, EM(Hard()), weights=weights, tol=tol, max_steps=max_steps
-    )
+    runs = fit_restarts(models, x, EM(Hard()), weights=weights, tol=tol, max_steps=max_steps)
     # Starts differ in the scale they hold, which is no part of k-means: compare inertias.
     inertias = jax.lax.map(lambda model: inertia(model.components.mean, x, weights), runs.model)
     winner = lane_order(eqx.tree_at(lambda s: s.objective, runs, -inertias))[0]
     solution = jax.tree.map(lambda leaf: leaf[winner], runs)
     sizes, _ = solution.statistics.sums
-    return KMeans(
-        solution.model.components.mean, inertias[winner], sizes, sizes <= 0, solution
-    )
+    return KMeans(solution.model.components.mean, inertias[winner], sizes, sizes <= 0, solution)
 
 
 def inertia(

@@ -13,8 +13,8 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxem._emission import finite
 from jaxem._hold import Held, replace
-from jaxem._repr import describe
 from jaxem._posterior import AbstractPosterior, Exact
+from jaxem._repr import describe
 from jaxem._statistics import Framed
 from jaxem._units import num_units
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import numpy as np
+from jax.core import Tracer
 
 from jaxem._hold import natural_parameters
 
@@ -39,7 +39,7 @@ def _module(module: Any, natural: dict[str, Any], indent: str) -> str:
 
 
 def _array(value: Any, column: int) -> str:
-    if isinstance(value, jax.core.Tracer) or not hasattr(value, "dtype") or value.size > _MOST:
+    if isinstance(value, Tracer) or not hasattr(value, "dtype") or value.size > _MOST:
         shape = ",".join(str(size) for size in getattr(value, "shape", ()))
         return f"{getattr(value, 'dtype', type(value).__name__)}[{shape}]"
     return np.array2string(np.asarray(value), precision=5, prefix=" " * column)

@@ -14,7 +14,7 @@ from jaxem._fit import fit
 from jaxem._model import AbstractModel
 from jaxem._solution import Solution, lane_order
 from jaxem._statistics import Framed
-from jaxem._units import lanes_at_once, num_units
+from jaxem._units import as_arrays, lanes_at_once, num_units
 
 
 def fit_restarts(
@@ -46,6 +46,7 @@ def fit_restarts(
 
     **Raises:** `ValueError` as `fit` does, or if the models have no leading axis in common.
     """
+    data, weights = as_arrays(data), as_arrays(weights)
     num_lanes = _num_lanes(models)
     options: Any = (weights, prior, tol, min_variance)
     if short_steps is None:

@@ -10,10 +10,10 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
+from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
 from jaxem._em import EM, AbstractAlgorithm
 from jaxem._hold import replace
@@ -65,17 +65,18 @@ class Sharded(AbstractExpectation):
 
 def on_shards(algorithm: AbstractAlgorithm, data: PyTree[Array]) -> AbstractAlgorithm:
     """The algorithm, with its E-step done shard by shard if the data are sharded."""
-    where = {_units_sharding(leaf) for leaf in jax.tree.leaves(data)} - {None}
+    where = [_units_sharding(leaf) for leaf in jax.tree.leaves(data)]
+    where = {found for found in where if found is not None}
     if not where or not isinstance(algorithm, EM) or isinstance(algorithm.expectation, Sharded):
         return algorithm
     if len(where) > 1:
         raise ValueError(f"the leaves of data are sharded differently along their units: {where}.")
-    ((mesh, axis),) = where
+    mesh, axis = where.pop()
     return replace(algorithm, expectation=Sharded(algorithm.expectation, mesh, axis))
 
 
-def _units_sharding(leaf: Any) -> tuple[Mesh, Any] | None:
-    if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array):
+def _units_sharding(leaf: Any) -> tuple[Any, Any] | None:
+    if isinstance(leaf, Tracer) or not isinstance(leaf, jax.Array):
         return None
     sharding = leaf.sharding
     if not isinstance(sharding, NamedSharding) or not sharding.spec or sharding.spec[0] is None:

@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jaxem._statistics import Framed
@@ -127,7 +128,7 @@ def result_names() -> tuple[str, ...]:
 
 def summary(solution: Solution) -> str:
     """A readable account of a solution, or a count of results for a batch of them."""
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(solution)):
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(solution)):
         return f"Solution(model={type(solution.model).__name__}, traced)"
     if np.ndim(solution.objective):
         counts = {n: int(np.sum(solution.result == getattr(RESULTS, n))) for n in result_names()}

@@ -13,6 +13,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
@@ -20,6 +21,13 @@ from jaxtyping import Array, Float, PyTree
 # of each other, 2²² half as slow again); on accelerators it fills the device (256 MiB of float32).
 _BUDGET = {"cpu": 2**20}
 _ACCELERATOR_BUDGET = 2**26
+
+
+def as_arrays(data: PyTree[Any]) -> PyTree[Array]:
+    """NumPy arrays as JAX arrays, in JAX's dtypes; anything else as it is, to be checked."""
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, data
+    )
 
 
 def num_units(data: PyTree[Array]) -> int:
@@ -72,7 +80,8 @@ def sum_over_units(
     """The sum over blocks of `block_sums(data_block, weights_block, key_block)`.
 
     `block_sums` must be linear in the weights; it is handed `None` where every unit of the
-    block counts once, and booleans where some only do not count. `width` is how many numbers it holds per unit: it decides the block size.
+    block counts once, and booleans where some only do not count. `width` is how many numbers it
+    holds per unit: it decides the block size.
     Derivatives recompute each block instead of remembering it.
     """
     n = num_units(data)

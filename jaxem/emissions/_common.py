@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 from jaxem._checks import check_values
@@ -19,9 +18,11 @@ EXPANSION_LIMIT = 1e-2
 
 def as_float(value: ArrayLike) -> Array:
     """The value as a floating array: integers take JAX's default floating dtype."""
-    return jnp.asarray(value, dtype=jnp.result_type(value, jnp.bfloat16)) if _floating(
-        value
-    ) else jnp.asarray(value, dtype=float)
+    return (
+        jnp.asarray(value, dtype=jnp.result_type(value, jnp.bfloat16))
+        if _floating(value)
+        else jnp.asarray(value, dtype=float)
+    )
 
 
 def _floating(value: Any) -> bool:

@@ -233,7 +233,9 @@ class _ScaledGaussian(AbstractEmission):
         c, _ = self.log_scale.shape
         top = jnp.max(self.log_scale, axis=0)
         ratio = jnp.exp(2 * (self.log_scale - top))
-        within = divide(jnp.sum(sums.scale_count * ratio, axis=0), jnp.sum(sums.scale_count, axis=0))
+        within = divide(
+            jnp.sum(sums.scale_count * ratio, axis=0), jnp.sum(sums.scale_count, axis=0)
+        )
         thin = jnp.any(ratio < min_variance * within, axis=1)
         thin = thin | (jnp.min(self.log_scale, axis=1) <= vanishing(self.mean))
         if not self.tied:

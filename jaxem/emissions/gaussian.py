@@ -42,6 +42,7 @@ from jaxem.emissions._common import (
     vanishing,
 )
 
+
 class Moments(NamedTuple):
     """Whitened moments about each component's mean; c is k, or 1 where a scale is shared."""
 

@@ -92,7 +92,9 @@ class Independent(AbstractEmission):
         if len(parts) > len(self.parts):
             raise ValueError(f"{len(parts)} priors for {len(self.parts)} parts.")
         given = (*parts, *(None,) * (len(self.parts) - len(parts)))
-        priors = [p if p is not None else own.prior() for own, p in zip(self.parts, given)]
+        priors = [
+            p if p is not None else own.prior() for own, p in zip(self.parts, given, strict=True)
+        ]
         frame = replace(self, parts=tuple(prior.frame for prior in priors))
         return Framed(tuple(prior.sums for prior in priors), frame)
 

@@ -25,7 +25,14 @@ from jaxem._emission import AbstractEmission
 from jaxem._hold import Held, free, keep_held, replace
 from jaxem._statistics import Framed
 from jaxem._units import weighted_mean
-from jaxem.emissions._common import as_float, divide, factorial_remainder, is_count, pseudo_count, vanishing
+from jaxem.emissions._common import (
+    as_float,
+    divide,
+    factorial_remainder,
+    is_count,
+    pseudo_count,
+    vanishing,
+)
 
 
 class CountTotals(NamedTuple):
@@ -138,7 +145,5 @@ def _half_deviance(x: Array, log_rate: Array) -> Array:
     safe = jnp.where(positive, x, 1)
     excess = (rate - safe) / safe
     near = jnp.abs(excess) < 0.5
-    log_ratio = jnp.where(
-        near, jnp.log1p(jnp.where(near, excess, 0)), log_rate - jnp.log(safe)
-    )
+    log_ratio = jnp.where(near, jnp.log1p(jnp.where(near, excess, 0)), log_rate - jnp.log(safe))
     return jnp.where(positive, (rate - x) - x * log_ratio, rate)

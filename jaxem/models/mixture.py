@@ -26,7 +26,7 @@ from jaxem._hold import Held, free, held_mask, natural_parameters, replace
 from jaxem._model import AbstractModel, all_finite
 from jaxem._posterior import AbstractPosterior, Exact
 from jaxem._statistics import Framed
-from jaxem._units import map_over_units, num_units, substitute, sum_over_units
+from jaxem._units import as_arrays, map_over_units, num_units, substitute, sum_over_units
 from jaxem.emissions._common import as_float, pseudo_count
 from jaxem.emissions.categorical import check_simplex, log_shares
 
@@ -83,6 +83,7 @@ class Mixture(AbstractModel):
 
         **Raises:** `ValueError` for data or weights of the wrong shape or dtype.
         """
+        data, weights = as_arrays(data), as_arrays(weights)
         self.check(data)
         check_weights(weights, num_units(data))
 
@@ -164,9 +165,7 @@ class Mixture(AbstractModel):
         own = jnp.sum(counts * jax.nn.log_softmax(self.logits))
         return own + self.components.expected_log_prob(sums)
 
-    def prior(
-        self, weights: ArrayLike | None = None, components: Framed | None = None
-    ) -> Framed:
+    def prior(self, weights: ArrayLike | None = None, components: Framed | None = None) -> Framed:
         """The conjugate prior as pseudo-statistics; `None` leaves a part flat.
 
         **Arguments:** `weights`, concentrations (≥ 1, scalar or (k,)) of a Dirichlet;
@@ -204,10 +203,9 @@ class Mixture(AbstractModel):
         return self._map(lambda joint: jnp.argmax(joint, axis=1), data)
 
     def _map(self, function: Any, data: PyTree[Array]) -> Any:
+        data = as_arrays(data)
         self.check(data)
-        return map_over_units(
-            lambda x: function(self._log_joint(x)), data, width=self.width(data)
-        )
+        return map_over_units(lambda x: function(self._log_joint(x)), data, width=self.width(data))
 
     def sample(self, key: Array, n: int) -> tuple[PyTree[Array], Int[Array, " n"]]:
         """n draws of x, and the components z that they come from."""
@@ -248,6 +246,7 @@ class Mixture(AbstractModel):
 
         **Raises:** `ValueError` for more components than units, or an unknown method.
         """
+        data, weights = as_arrays(data), as_arrays(weights)
         return cls._uniform(_init.seed(key, data, num_components, family, weights, method))
 
     @classmethod
@@ -265,6 +264,8 @@ class Mixture(AbstractModel):
 
         **Raises:** `ValueError` if there is not one row for each unit.
         """
+        data, weights = as_arrays(data), as_arrays(weights)
+        responsibilities = jnp.asarray(responsibilities)
         check_shape("responsibilities", responsibilities, (num_units(data), "k"))
         k = responsibilities.shape[1]
         start = cls._uniform(_init.pooled(data, k, family, weights))
