@@ -71,8 +71,9 @@ def on_shards(algorithm: AbstractAlgorithm, data: PyTree[Array]) -> AbstractAlgo
         return algorithm
     if len(where) > 1:
         raise ValueError(f"the leaves of data are sharded differently along their units: {where}.")
-    mesh, axis = where.pop()
-    return replace(algorithm, expectation=Sharded(algorithm.expectation, mesh, axis))
+    # pyright takes the abstract variables of an expectation for fields.
+    sharded = Sharded(algorithm.expectation, *where.pop())  # pyright: ignore
+    return replace(algorithm, expectation=sharded)
 
 
 def _units_sharding(leaf: Any) -> tuple[Any, Any] | None:
