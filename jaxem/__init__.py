@@ -1,5 +1,8 @@
 from jaxem._adjoint import AbstractAdjoint as AbstractAdjoint
 from jaxem._adjoint import Forward as Forward
+from jaxem._adjoint import Implicit as Implicit
+from jaxem._adjoint import Truncated as Truncated
+from jaxem._adjoint import Unrolled as Unrolled
 from jaxem._check import check_model as check_model
 from jaxem._criteria import aic as aic
 from jaxem._criteria import bic as bic

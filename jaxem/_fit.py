@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from jaxem._adjoint import AbstractAdjoint, Forward, Loop
+from jaxem._adjoint import AbstractAdjoint, Implicit, Loop
 from jaxem._checks import check_weights, concrete
 from jaxem._em import EM, AbstractAlgorithm, State
 from jaxem._emission import float_dtype
@@ -59,14 +59,16 @@ def fit(
     tol: float | None = None,
     max_steps: int = 1000,
     min_variance: float = 1e-3,
-    adjoint: AbstractAdjoint = Forward(),
+    adjoint: AbstractAdjoint = Implicit(),
     throw: bool = True,
     progress: Progress | int | None = None,
 ) -> Solution:
     """Fits a model to data, starting from the model as it is given.
 
-    The fit is one compiled loop. It may be jitted and vmapped: over models (restarts; each lane
-    stops by itself), over data, weights, priors or `tol`.
+    The fit is one compiled loop. It may be jitted, vmapped (over models: restarts, each lane
+    stops by itself; over data, weights, priors or `tol`) and differentiated, with respect to
+    data, weights, prior and held parameters. The start has derivative zero, unless `adjoint`
+    says otherwise.
 
     **Arguments:**
 
@@ -85,7 +87,9 @@ def fit(
     - `max_steps`: at most this many steps.
     - `min_variance`: a component with a smaller variance than this fraction of the average
       within-component one is reported as `degenerate`.
-    - `adjoint`: how derivatives pass through the fit.
+    - `adjoint`: how derivatives pass through the fit. `Implicit()` takes them at the fixed
+      point, exactly for a converged fit; with respect to the start they are then zero.
+      `Unrolled()`, `Truncated()` and `Forward()` go through the steps.
     - `throw`: raise where the answer would be worthless (non-finite, invalid data or weights),
       instead of saying so in `Solution.result` alone. Under vmap it raises if any lane fails:
       restarts use `throw=False`.
@@ -104,9 +108,7 @@ def fit(
     progress = Progress(progress) if isinstance(progress, int) else progress
     solution = _fit(
         on_shards(algorithm, data),
-        (model, data, weights, prior),
-        key,
-        jnp.asarray(tol, dtype),
+        _Inputs(model, data, weights, prior, key, jnp.asarray(tol, dtype)),
         jnp.asarray(min_variance, dtype),
         max_steps,
         adjoint,
@@ -149,6 +151,20 @@ def _check_prior(own: Framed, prior: Framed) -> None:
         )
 
 
+class _Inputs(NamedTuple):
+    """All that a fit is a function of, apart from settings."""
+
+    model: AbstractModel
+    data: PyTree[Array]
+    weights: Float[Array, " n"] | None
+    prior: Framed | None
+    key: Array | None
+    tol: Float[Array, ""]
+
+    def key_at(self, step: Int[Array, ""]) -> Array | None:
+        return None if self.key is None else jax.random.fold_in(self.key, step)
+
+
 class _Carry(eqx.Module):
     state: State
     change: Float[Array, ""]
@@ -161,24 +177,19 @@ class _Carry(eqx.Module):
 @eqx.filter_jit
 def _fit(
     algorithm: AbstractAlgorithm,
-    inputs: tuple[AbstractModel, PyTree[Array], Any, Framed | None],
-    key: Array | None,
-    tol: Float[Array, ""],
+    inputs: _Inputs,
     min_variance: Float[Array, ""],
     max_steps: int,
     adjoint: AbstractAdjoint,
     progress: Progress | None,
 ) -> Solution:
-    def key_at(step: Int[Array, ""]) -> Array | None:
-        return None if key is None else jax.random.fold_in(key, step)
-
-    def start(inputs: Any) -> _Carry:
-        model, data, weights, prior = inputs
-        zero = jnp.zeros((), jnp.int32)
+    def start(inputs: _Inputs) -> _Carry:
+        model, data, weights, prior, *_ = inputs
         if prior is not None:
             own = jax.eval_shape(lambda: model.e_step(data, weights, posterior=Exact())[0])
             _check_prior(own, prior)
-        state = algorithm.init(model, data, weights=weights, prior=prior, key=key_at(zero))
+        key = inputs.key_at(jnp.zeros((), jnp.int32))
+        state = algorithm.init(model, data, weights=weights, prior=prior, key=key)
         blank = jnp.full(max_steps + 1, jnp.nan, state.objective.dtype)
         result = RESULTS.where(
             jnp.isfinite(state.objective), RESULTS.max_steps_reached, RESULTS.nonfinite
@@ -190,11 +201,14 @@ def _fit(
         nan = jnp.full_like(state.objective, jnp.nan)
         return _Carry(state, nan, nan, history, result, going)
 
-    def advance(carry: _Carry, inputs: Any) -> _Carry:
-        _, data, weights, prior = inputs
-        old = carry.state
-        step = old.step + 1
-        new = algorithm.step(old, data, weights=weights, prior=prior, key=key_at(step))
+    def step(state: State, inputs: _Inputs) -> State:
+        _, data, weights, prior, *_ = inputs
+        key = inputs.key_at(state.step + 1)
+        return algorithm.step(state, data, weights=weights, prior=prior, key=key)
+
+    def advance(carry: _Carry, inputs: _Inputs) -> _Carry:
+        _, data, weights, _, _, tol = inputs
+        old, new = carry.state, step(carry.state, inputs)
         total = num_units(data) if weights is None else jnp.sum(weights)
         gain = new.objective - old.objective
         change = distance(new.statistics, old.statistics) / total
@@ -213,19 +227,20 @@ def _fit(
         result = RESULTS.where(finite, result, RESULTS.nonfinite)
 
         if progress is not None:
-            progress.tell(step, new.objective, change)
+            progress.tell(new.step, new.objective, change)
         written = jnp.where(failed, jnp.nan, new.objective)
         return _Carry(
             state=jax.tree.map(lambda a, b: jnp.where(failed, a, b), old, new),
             change=jnp.where(failed, carry.change, change),
             error=jnp.where(failed, carry.error, error),
-            history=carry.history.at[step].set(written),
+            history=carry.history.at[new.step].set(written),
             result=result,
-            unfinished=~(failed | settled) & (step < max_steps),
+            unfinished=~(failed | settled) & (new.step < max_steps),
         )
 
-    final = adjoint(Loop(start, lambda carry: carry.unfinished, advance), inputs)
-    _, data, weights, prior = inputs
+    loop = Loop(start, lambda carry: carry.unfinished, advance, step, max_steps, algorithm.exact)
+    final = adjoint(loop, inputs)
+    _, data, weights, prior, *_ = inputs
     state = final.state
     statistics, log_likelihood, objective = state.statistics, state.log_likelihood, state.objective
     model = state.model
@@ -235,7 +250,8 @@ def _fit(
             log_likelihood if prior is None else (log_likelihood + model.expected_log_prob(prior))
         )
     combined = statistics if prior is None else statistics + prior
-    thin = jnp.any(model.degenerate(combined, min_variance))
+    held_still = jax.tree.map(jax.lax.stop_gradient, (model, combined, min_variance))
+    thin = jnp.any(held_still[0].degenerate(*held_still[1:]))
     valid = ~is_any(final.result, RESULTS.invalid_data, RESULTS.invalid_weights)
     result = RESULTS.where(model.representable() | ~valid | thin, final.result, RESULTS.nonfinite)
     result = RESULTS.where(thin & valid & (result != RESULTS.decreased), RESULTS.degenerate, result)

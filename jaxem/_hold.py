@@ -58,6 +58,24 @@ def free(module: Any, name: str, num_components: int) -> np.ndarray:
     return np.broadcast_to(np.logical_not(held_mask(module, name)), (num_components,))
 
 
+def with_held(frame: _T, model: _T) -> _T:
+    """`frame`, with what is held taken from `model`: equal values, another derivative."""
+    for name, mask in getattr(frame, "held", ()):
+        for leaf in frame.natural[name]:  # pyright: ignore[reportAttributeAccessIssue]
+            own, held = getattr(frame, leaf), getattr(model, leaf)
+            if mask is not None:
+                held = jnp.where(np.reshape(mask, (-1,) + (1,) * (own.ndim - 1)), held, own)
+            frame = replace(frame, **{leaf: held})
+    for field in dataclasses.fields(frame):  # pyright: ignore[reportArgumentType]
+        own, other = getattr(frame, field.name), getattr(model, field.name)
+        if hasattr(own, "natural"):
+            frame = replace(frame, **{field.name: with_held(own, other)})
+        elif isinstance(own, tuple) and any(hasattr(part, "natural") for part in own):
+            parts = tuple(with_held(a, b) for a, b in zip(own, other, strict=True))
+            frame = replace(frame, **{field.name: parts})
+    return frame
+
+
 def natural_parameters(module: Any) -> dict[str, Any]:
     """Natural parameters by name, nested as the modules are."""
     named = {name: getattr(module, name) for name in module.natural}

@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxem._checks import check_weights
-from jaxem._emission import AbstractEmission, build, log_prob
+from jaxem._emission import AbstractEmission, build, float_dtype, log_prob
 from jaxem._units import map_over_units, num_units, substitute
 
 
@@ -74,7 +74,8 @@ def _seed(
     n = num_units(data)
     if weights is not None:
         data = substitute(data, weights > 0)
-    mass = jnp.ones(n) if weights is None else weights
+    dtype = float_dtype(whole)
+    mass = jnp.ones(n, dtype) if weights is None else weights.astype(dtype)
     if method == "k-means++":
         indices, closest = kmeans_plus_plus(key, whole, data, num_components, weights)
     else:
@@ -85,8 +86,11 @@ def _seed(
         lambda x: log_prob(whole, x)[:, 0], data, width=_width(data)
     )
     # Variances shrink by what the seeds explain, as within-group variances do.
-    spread = jnp.sum(mass * closest) / jnp.sum(mass * around_all)
-    return whole.located_at(_take(data, indices), jnp.clip(spread, 0, 1))
+    # Where every unit is a seed nothing is left but rounding.
+    total = jnp.sum(mass * around_all)
+    spread = jnp.sum(mass * closest) / jnp.where(total > 0, total, 1)
+    spread = jnp.clip(spread, jnp.finfo(dtype).eps, 1)
+    return whole.located_at(_take(data, indices), spread)
 
 
 def kmeans_plus_plus(
@@ -134,7 +138,7 @@ def saturated(whole: AbstractEmission, data: PyTree[Array]) -> Float[Array, " n"
 
     def one(unit: PyTree[Array]) -> Array:
         alone = jax.tree.map(lambda leaf: leaf[None], unit)
-        return log_prob(whole.located_at(alone, jnp.ones(())), alone)[0, 0]
+        return log_prob(whole.located_at(alone, jnp.ones((), float_dtype(whole))), alone)[0, 0]
 
     return map_over_units(jax.vmap(one), data, width=2 * _width(data))
 
@@ -147,7 +151,7 @@ def deviance(
 ) -> Float[Array, "n k"]:
     """Deviance of every unit from the units at `indices`; not negative."""
     best = saturated(whole, data) if best is None else best
-    located = whole.located_at(_take(data, indices), jnp.ones(()))
+    located = whole.located_at(_take(data, indices), jnp.ones((), float_dtype(whole)))
     width = _width(data) * indices.shape[0]
     reached = map_over_units(lambda x: log_prob(located, x), data, width=width)
     return jnp.maximum(best[:, None] - reached, 0)

@@ -16,7 +16,7 @@ from jaxem._hold import Held, replace
 from jaxem._posterior import AbstractPosterior, Exact
 from jaxem._repr import describe
 from jaxem._statistics import Framed
-from jaxem._units import num_units
+from jaxem._units import num_units, substitute
 
 
 class AbstractModel(eqx.Module):
@@ -87,7 +87,7 @@ class FunctionModel(AbstractModel):
                 f"a model from functions has the E-step it was given; {type(posterior).__name__} "
                 "cannot change it. Use EM() with Exact()."
             )
-        args = (data,) if weights is None else (data, weights)
+        args = (data,) if weights is None else (substitute(data, weights != 0), weights)
         sums, log_likelihood = self.e_function(self.params, *args)
         return Framed(sums, self), jnp.asarray(log_likelihood)
 

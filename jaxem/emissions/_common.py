@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +17,8 @@ EXPANSION_LIMIT = 1e-2
 
 def as_float(value: ArrayLike) -> Array:
     """The value as a floating array: integers take JAX's default floating dtype."""
-    return (
-        jnp.asarray(value, dtype=jnp.result_type(value, jnp.bfloat16))
-        if _floating(value)
-        else jnp.asarray(value, dtype=float)
-    )
-
-
-def _floating(value: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(value), jnp.floating)
+    value = jnp.asarray(value)
+    return value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(float)
 
 
 def centroid(mean: Float[Array, "k d"]) -> Float[Array, " d"]:
