@@ -170,6 +170,8 @@ def _tangent(loop: Loop, solver: Any, final: Any, inputs: Any, inputs_dot: Any) 
         return ravel_pytree(step(flat, inputs).statistics.at(frame).sums)[0]
 
     _, direct = eqx.filter_jvp(lambda u: em_map(flat, u), (inputs,), (inputs_dot,))
+    if direct is None:  # nothing but the start moves
+        return jax.tree.map(_no_tangent, final)
     _, push = jax.linearize(lambda s: em_map(s, inputs), flat)
     operator = lx.FunctionLinearOperator(lambda v: v - push(v), jax.eval_shape(lambda: flat))
     flat_dot = lx.linear_solve(operator, direct, solver(flat.dtype), throw=False).value

@@ -5,8 +5,6 @@
 Each classical variant is a choice of slots, not a loop of its own.
 """
 
-from __future__ import annotations
-
 import abc
 from collections.abc import Callable
 from typing import Any, ClassVar

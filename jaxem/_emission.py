@@ -1,16 +1,15 @@
 """What a family of distributions must provide to be the components of a mixture or an HMM."""
 
-from __future__ import annotations
-
 import abc
 from typing import Any, Self
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from jaxem._hold import Held
+from jaxem._hold import Held, free, update
 from jaxem._repr import describe
 from jaxem._statistics import Framed
 
@@ -33,6 +32,14 @@ class AbstractEmission(eqx.Module):
 
     def __repr__(self) -> str:
         return describe(self)
+
+    def free(self, name: str) -> np.ndarray:
+        """Which components' natural parameter `name` is not held; length 1 if it is shared."""
+        return free(self, name)
+
+    def update(self, **leaves: Array) -> Self:
+        """These leaves instead, except in what is held: how `maximize` ends."""
+        return update(self, **leaves)
 
     @property
     @abc.abstractmethod

@@ -43,8 +43,19 @@ def held_mask(module: Any, name: str) -> bool | np.ndarray:
     return False
 
 
-def keep_held(module: Any, name: str, old: jax.Array, new: jax.Array) -> jax.Array:
-    """`new`, with the held components of the natural parameter `name` left as in `old`."""
+def update(module: _T, **leaves: jax.Array) -> _T:
+    """The module with new leaves, except in what is held, which stays as it is."""
+    owner = {leaf: name for name, behind in module.natural.items() for leaf in behind}  # pyright: ignore[reportAttributeAccessIssue]
+    return replace(
+        module,
+        **{
+            leaf: _keep(module, owner[leaf], getattr(module, leaf), new)
+            for leaf, new in leaves.items()
+        },
+    )
+
+
+def _keep(module: Any, name: str, old: jax.Array, new: jax.Array) -> jax.Array:
     mask = held_mask(module, name)
     if mask is False:
         return new
@@ -53,9 +64,10 @@ def keep_held(module: Any, name: str, old: jax.Array, new: jax.Array) -> jax.Arr
     return jnp.where(np.reshape(mask, (-1,) + (1,) * (old.ndim - 1)), old, new)
 
 
-def free(module: Any, name: str, num_components: int) -> np.ndarray:
-    """Boolean mask (k,) of the components whose natural parameter `name` is free."""
-    return np.broadcast_to(np.logical_not(held_mask(module, name)), (num_components,))
+def free(module: Any, name: str) -> np.ndarray:
+    """Which entries of a natural parameter are free, along its leading axis: a NumPy mask."""
+    size = getattr(module, module.natural[name][0]).shape[0]
+    return np.broadcast_to(np.logical_not(held_mask(module, name)), (size,))
 
 
 def with_held(frame: _T, model: _T) -> _T:

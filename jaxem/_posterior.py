@@ -5,8 +5,6 @@ log p(x) = M(log p(x, z=1), …, log p(x, z=K)) the responsibilities are the gra
 logsumexp gives EM, the maximum gives hard (classification) EM.
 """
 
-from __future__ import annotations
-
 import abc
 from typing import Any, ClassVar
 

@@ -32,8 +32,9 @@ class RESULTS(eqx.Enumeration):
         "the M-step does not maximise, or the E-step does not belong to the same model."
     )
     degenerate = (
-        "A component rests on too few units or on hardly any variance, where the likelihood has "
-        "no bound: try other starts, fewer components, a shared covariance or a prior."
+        "A component rests on too few units or on hardly any variance, where the likelihood may "
+        "have no bound: try other starts, fewer components, a shared covariance or a prior; if a "
+        "component is meant to be so thin, lower min_variance."
     )
     invalid_data = (
         "The data hold a NaN, an infinity or a value outside the family's support; give such "

@@ -18,7 +18,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Num
 from jaxem import _linalg as la
 from jaxem._checks import check_counts, check_shape, check_values
 from jaxem._emission import AbstractEmission
-from jaxem._hold import Held, free, keep_held, replace
+from jaxem._hold import Held, replace
 from jaxem._statistics import Framed
 from jaxem._units import weighted_mean
 from jaxem.emissions._common import as_float, pseudo_count
@@ -60,7 +60,7 @@ class Bernoulli(AbstractEmission):
     @property
     def num_free_parameters(self) -> int:
         k, d = self.logits.shape
-        return int(np.sum(free(self, "probability", k))) * d
+        return int(np.sum(self.free("probability"))) * d
 
     def check(self, x: Array) -> None:
         check_counts(x, self.logits.shape[1], self.logits.dtype, "Bernoulli")
@@ -85,7 +85,7 @@ class Bernoulli(AbstractEmission):
     def maximize(self, sums: BinaryCounts) -> Self:
         logits = la.floored_log(sums.ones) - la.floored_log(sums.zeros)
         logits = jnp.where(sums.ones + sums.zeros > 0, logits, self.logits)
-        return replace(self, logits=keep_held(self, "probability", self.logits, logits))
+        return self.update(logits=logits)
 
     def expected_log_prob(self, sums: BinaryCounts) -> Float[Array, ""]:
         log_p, log_q = self.coordinates()

@@ -17,7 +17,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from jaxem import _linalg as la
 from jaxem._checks import check_shape, check_units, check_values, concrete
 from jaxem._emission import AbstractEmission
-from jaxem._hold import Held, free, keep_held, replace
+from jaxem._hold import Held, replace
 from jaxem._statistics import Framed
 from jaxem._units import sum_over_units
 from jaxem.emissions._common import as_float, pseudo_count
@@ -58,7 +58,7 @@ class Categorical(AbstractEmission):
     @property
     def num_free_parameters(self) -> int:
         k, d, m = self.logits.shape
-        return int(np.sum(free(self, "probability", k))) * d * (m - 1)
+        return int(np.sum(self.free("probability"))) * d * (m - 1)
 
     def check(self, x: Array) -> None:
         check_codes(x, self.logits.shape[1])
@@ -81,7 +81,7 @@ class Categorical(AbstractEmission):
 
     def maximize(self, sums: Float[Array, "k d m"]) -> Self:
         logits = log_shares(sums, self.logits)
-        return replace(self, logits=keep_held(self, "probability", self.logits, logits))
+        return self.update(logits=logits)
 
     def expected_log_prob(self, sums: Array) -> Float[Array, ""]:
         return jnp.sum(sums * self.coordinates())

@@ -16,8 +16,6 @@ with s = Σr y, S = Σr y² and m = s/n_q,  μ ← μ + m/w  and  σ² ← σ² 
 whatever shares a scale.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, ClassVar, Self
 
@@ -30,7 +28,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from jaxem import _linalg as la
 from jaxem._checks import check_continuous, check_shape, check_values
 from jaxem._emission import AbstractEmission, finite
-from jaxem._hold import Held, free, keep_held, replace
+from jaxem._hold import Held, replace
 from jaxem._statistics import Framed
 from jaxem._units import weighted_mean, weighted_second_moments
 from jaxem.emissions._common import (
@@ -91,8 +89,8 @@ class _ScaledGaussian(AbstractEmission):
     def num_free_parameters(self) -> int:
         k, d = self.mean.shape
         c, e = self.log_scale.shape
-        means = int(np.sum(free(self, "mean", k))) * d
-        return means + int(np.sum(free(self, "variance", c))) * e
+        means = int(np.sum(self.free("mean"))) * d
+        return means + int(np.sum(self.free("variance"))) * e
 
     def check(self, x: Array) -> None:
         check_continuous(x, self.mean.shape[1], self.mean.dtype, type(self).__name__)
@@ -170,16 +168,12 @@ class _ScaledGaussian(AbstractEmission):
 
     def maximize(self, sums: Moments) -> Self:
         step = divide(sums.first, sums.mean_count[:, None])
-        step = step * free(self, "mean", self.num_components)[:, None]
+        step = step * self.free("mean")[:, None]
         mean = self.mean + jnp.exp(self.log_scale) * step
         scatter = divide(sums.second - self._share(sums.first * step), sums.scale_count)
         growth = 0.5 * la.floored_log(jnp.where(sums.scale_count > 0, scatter, 1))
         log_scale = jnp.maximum(self.log_scale + growth, vanishing(mean))
-        return replace(
-            self,
-            mean=keep_held(self, "mean", self.mean, mean),
-            log_scale=keep_held(self, "variance", self.log_scale, log_scale),
-        )
+        return self.update(mean=mean, log_scale=log_scale)
 
     def expected_log_prob(self, sums: Moments) -> Float[Array, ""]:
         log_norm = -self.log_scale - 0.5 * math.log(2 * math.pi)
@@ -241,7 +235,7 @@ class _ScaledGaussian(AbstractEmission):
         if not self.tied:
             units = sums.scale_count[:, 0] / (d if self.spherical else 1)
             thin = thin | (units < d + 1)
-        thin = thin & free(self, "variance", c)
+        thin = thin & self.free("variance")
         return jnp.broadcast_to(thin, (k,)) | (sums.mean_count < 1)
 
     @classmethod

@@ -17,7 +17,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from jaxem import _linalg as la
 from jaxem._checks import check_continuous, check_shape, check_values
 from jaxem._emission import AbstractEmission
-from jaxem._hold import Held, free, keep_held, replace
+from jaxem._hold import Held, replace
 from jaxem._statistics import Framed
 from jaxem._units import weighted_mean
 from jaxem.emissions._common import as_float, pseudo_count, vanishing
@@ -58,7 +58,7 @@ class Exponential(AbstractEmission):
     @property
     def num_free_parameters(self) -> int:
         k, d = self.log_rate.shape
-        return int(np.sum(free(self, "rate", k))) * d
+        return int(np.sum(self.free("rate"))) * d
 
     def check(self, x: Array) -> None:
         check_continuous(x, self.log_rate.shape[1], self.log_rate.dtype, "Exponential")
@@ -85,7 +85,7 @@ class Exponential(AbstractEmission):
         log_rate = self.log_rate + jnp.where(sums.units > 0, growth, 0)
         # Durations that are all 0 have no finite rate: stop where its square still fits.
         log_rate = jnp.minimum(log_rate, -vanishing(log_rate))
-        return replace(self, log_rate=keep_held(self, "rate", self.log_rate, log_rate))
+        return self.update(log_rate=log_rate)
 
     def expected_log_prob(self, sums: DurationTotals) -> Float[Array, ""]:
         return jnp.sum(sums.units * self.log_rate - sums.total)
@@ -105,9 +105,7 @@ class Exponential(AbstractEmission):
 
     def degenerate(self, sums: DurationTotals, min_variance: Any) -> Bool[Array, " k"]:
         endless = jnp.max(self.log_rate, axis=1) >= -vanishing(self.log_rate)
-        return (jnp.max(sums.units, axis=1) < 1) | (
-            endless & free(self, "rate", self.num_components)
-        )
+        return (jnp.max(sums.units, axis=1) < 1) | (endless & self.free("rate"))
 
     @classmethod
     def pooled(cls, x, num_components, weights):

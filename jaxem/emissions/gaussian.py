@@ -15,8 +15,6 @@ The two counts agree for data and differ for a prior: nₐ counts log|W|, n_q th
 the data frame would lose every digit in float32 once (mean/σ)² ≈ 1/eps; these do not.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -29,7 +27,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from jaxem import _linalg as la
 from jaxem._checks import check_continuous, check_shape, check_values
 from jaxem._emission import AbstractEmission, finite
-from jaxem._hold import Held, free, keep_held, replace
+from jaxem._hold import Held, replace
 from jaxem._statistics import Framed
 from jaxem._units import weighted_mean, weighted_second_moments
 from jaxem.emissions._common import (
@@ -91,8 +89,8 @@ class _FullGaussian(AbstractEmission):
     @property
     def num_free_parameters(self) -> int:
         c, d = self.log_scale.shape
-        means = int(np.sum(free(self, "mean", self.num_components))) * d
-        return means + int(np.sum(free(self, "covariance", c))) * d * (d + 1) // 2
+        means = int(np.sum(self.free("mean"))) * d
+        return means + int(np.sum(self.free("covariance"))) * d * (d + 1) // 2
 
     def check(self, x: Array) -> None:
         check_continuous(x, self.mean.shape[1], self.mean.dtype, type(self).__name__)
@@ -150,7 +148,7 @@ class _FullGaussian(AbstractEmission):
     def maximize(self, sums: Moments) -> Self:
         factor = self._factor()
         step = divide(sums.first, sums.mean_count[:, None])
-        step = step * free(self, "mean", self.num_components)[:, None]
+        step = step * self.free("mean")[:, None]
         mean = self.mean + la.apply(factor, step)
         # S − s sᵀ/n_q, or S itself about a mean that is held
         scatter = sums.second - self._share(la.outer(sums.first, step))
@@ -158,12 +156,7 @@ class _FullGaussian(AbstractEmission):
         eye = jnp.eye(factor.shape[-1], dtype=factor.dtype)
         scatter = jnp.where(alive, divide(scatter, sums.scale_count[:, None, None]), eye)
         log_scale, below = la.parts_of_lower(la.matmul(factor, la.cholesky(scatter)))
-        return replace(
-            self,
-            mean=keep_held(self, "mean", self.mean, mean),
-            log_scale=keep_held(self, "covariance", self.log_scale, log_scale),
-            below=keep_held(self, "covariance", self.below, below),
-        )
+        return self.update(mean=mean, log_scale=log_scale, below=below)
 
     def expected_log_prob(self, sums: Moments) -> Float[Array, ""]:
         trace = jnp.trace(sums.second, axis1=-2, axis2=-1)
@@ -219,7 +212,7 @@ class _FullGaussian(AbstractEmission):
         smallest = jnp.linalg.eigvalsh(la.matmul(relative, la.transpose(relative)))[:, 0]
         thin = (smallest < min_variance) | (jnp.min(self.log_scale, axis=1) <= vanishing(factor))
         thin = thin | (sums.scale_count < d + 1) if not self.tied else thin
-        thin = thin & free(self, "covariance", c)
+        thin = thin & self.free("covariance")
         return jnp.broadcast_to(thin, self.mean.shape[:1]) | (sums.mean_count < 1)
 
     @classmethod

@@ -21,7 +21,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Num
 from jaxem import _linalg as la
 from jaxem._checks import check_counts, check_shape
 from jaxem._emission import AbstractEmission
-from jaxem._hold import Held, free, keep_held, replace
+from jaxem._hold import Held, replace
 from jaxem._statistics import Framed
 from jaxem._units import weighted_mean
 from jaxem.emissions._common import as_float, factorial_remainder, is_count, pseudo_count
@@ -64,7 +64,7 @@ class Multinomial(AbstractEmission):
     @property
     def num_free_parameters(self) -> int:
         k, m = self.logits.shape
-        return int(np.sum(free(self, "probability", k))) * (m - 1)
+        return int(np.sum(self.free("probability"))) * (m - 1)
 
     def check(self, x: Array) -> None:
         check_counts(x, self.logits.shape[1], self.logits.dtype, "Multinomial")
@@ -96,7 +96,7 @@ class Multinomial(AbstractEmission):
 
     def maximize(self, sums: CategoryCounts) -> Self:
         logits = log_shares(sums.counts, self.logits)
-        return replace(self, logits=keep_held(self, "probability", self.logits, logits))
+        return self.update(logits=logits)
 
     def expected_log_prob(self, sums: CategoryCounts) -> Float[Array, ""]:
         return jnp.sum(sums.counts * self._log_probability())

@@ -22,7 +22,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Num
 from jaxem import _linalg as la
 from jaxem._checks import check_counts, check_shape, check_values
 from jaxem._emission import AbstractEmission
-from jaxem._hold import Held, free, keep_held, replace
+from jaxem._hold import Held, replace
 from jaxem._statistics import Framed
 from jaxem._units import weighted_mean
 from jaxem.emissions._common import (
@@ -71,7 +71,7 @@ class Poisson(AbstractEmission):
     @property
     def num_free_parameters(self) -> int:
         k, d = self.log_rate.shape
-        return int(np.sum(free(self, "rate", k))) * d
+        return int(np.sum(self.free("rate"))) * d
 
     def check(self, x: Array) -> None:
         check_counts(x, self.log_rate.shape[1], self.log_rate.dtype, "Poisson")
@@ -101,7 +101,7 @@ class Poisson(AbstractEmission):
         growth = la.floored_log(divide(sums.total, sums.units)) - 0.5 * self.log_rate
         log_rate = self.log_rate + jnp.where(sums.units > 0, growth, 0)
         log_rate = jnp.maximum(log_rate, 2 * vanishing(log_rate))
-        return replace(self, log_rate=keep_held(self, "rate", self.log_rate, log_rate))
+        return self.update(log_rate=log_rate)
 
     def expected_log_prob(self, sums: CountTotals) -> Float[Array, ""]:
         total = sums.total * jnp.exp(0.5 * self.log_rate)

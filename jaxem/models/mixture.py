@@ -64,7 +64,7 @@ class Mixture(AbstractModel):
     @property
     def num_free_parameters(self) -> int:
         """Number of parameters that the M-step moves, as AIC and BIC count them."""
-        weights = max(int(np.sum(free(self, "weights", self.num_components))) - 1, 0)
+        weights = max(int(np.sum(free(self, "weights"))) - 1, 0)
         return weights + self.components.num_free_parameters
 
     # E-step
@@ -216,7 +216,7 @@ class Mixture(AbstractModel):
     def degenerate(self, statistics: Framed, min_variance: Any) -> Bool[Array, " k"]:
         counts, sums = statistics.at(self).sums
         flags = self.components.degenerate(sums, min_variance)
-        return flags | ((counts < 1) & free(self, "weights", self.num_components))
+        return flags | ((counts < 1) & free(self, "weights"))
 
     def representable(self) -> Bool[Array, ""]:
         return all_finite(natural_parameters(self))

@@ -1,0 +1,48 @@
+"""Published and peer-computed results, and the data that they belong to."""
+
+import functools
+import json
+import pathlib
+
+import numpy as np
+import pandas as pd
+import pytest
+
+HERE = pathlib.Path(__file__).parent / "data"
+SHARED = HERE.parents[2] / "shared" / "gold"  # data that may not be redistributed
+
+CASES = {case["id"]: case for case in json.loads((HERE / "gold.json").read_text())}
+
+
+@functools.cache
+def table(name: str) -> pd.DataFrame:
+    """A data set; skips the test where it may not be redistributed and is not at hand."""
+    places = [HERE / f"{name}.csv", SHARED / "data" / f"{name}.csv"]
+    found = [place for place in places if place.exists()]
+    if not found:
+        pytest.skip(f"{name}.csv may not be redistributed, and ../shared/gold/data lacks it")
+    return pd.read_csv(found[0])
+
+
+def expected(case: str, key: str):
+    return CASES[case]["expected"][key]["value"]
+
+
+def tolerance(case: str) -> float:
+    """The tightest tolerance of any number that only a converged fit reaches."""
+    entries = CASES[case]["expected"].values()
+    return min(e["atol"] for e in entries if e["kind"] in ("mle", "exact") and e.get("atol"))
+
+
+def match(case: str, key: str, value) -> None:
+    """Asserts |value − expected| ≤ atol + rtol·|expected|."""
+    entry = CASES[case]["expected"][key]
+    pairs = [(value, entry["value"])]
+    if isinstance(entry["value"], dict):
+        assert value.keys() == entry["value"].keys()
+        pairs = [(value[name], entry["value"][name]) for name in value]
+    for ours, theirs in pairs:
+        assert np.shape(ours) == np.shape(theirs), f"{case}: {key} has shape {np.shape(ours)}"
+        np.testing.assert_allclose(
+            ours, theirs, entry.get("rtol", 0), entry.get("atol", 0), err_msg=f"{case}: {key}"
+        )
