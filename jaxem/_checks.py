@@ -37,6 +37,11 @@ def check_units(x: Any, num_features: int, who: str) -> None:
         raise ValueError(f"{who}: data hold no unit (shape {x.shape}).")
 
 
+def num_features(x: Any) -> int:
+    """Columns of `x`, or 1 where it has none; `check_units` then says what is wrong."""
+    return x.shape[1] if getattr(x, "ndim", 0) == 2 else 1
+
+
 def check_continuous(x: Any, num_features: int, dtype: Any, who: str) -> None:
     """`check_units`, and that the data have the floating dtype of the parameters."""
     check_units(x, num_features, who)

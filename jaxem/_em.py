@@ -10,9 +10,11 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
+from jaxem._hold import with_held
 from jaxem._model import AbstractModel
 from jaxem._posterior import AbstractExpectation, Exact
 from jaxem._statistics import Framed
@@ -61,7 +63,11 @@ class AbstractMaximization(eqx.Module):
         memory: PyTree[Array],
         evaluate: Callable[[AbstractModel], tuple[Framed, Float[Array, ""]]],
     ) -> tuple[AbstractModel, PyTree[Array]]:
-        """The next model. `evaluate(model)` gives statistics and objective on this step's data."""
+        """The next model; what is held in the frame of the statistics stays as it is there.
+
+        `evaluate(model)` gives the statistics of this step's data about a model, without the
+        prior, and its objective, with the log-prior.
+        """
 
 
 class Full(AbstractAccumulation):
@@ -173,9 +179,10 @@ class EM(AbstractAlgorithm):
         return self.accumulation.exact and self.expectation.deterministic
 
     def init(self, model, data, *, weights=None, prior=None, key=None):
+        select_key, key = (None, None) if key is None else jax.random.split(key)
         step = jnp.zeros((), jnp.int32)
         memory = self.accumulation.init(model, data, weights)
-        batch, batch_weights = self.accumulation.select(memory, data, weights, step, key)
+        batch, batch_weights = self.accumulation.select(memory, data, weights, step, select_key)
         new, log_likelihood = self.expectation(model, batch, batch_weights, step, key)
         memory, statistics, log_likelihood = self.accumulation(memory, new, log_likelihood, step)
         objective = log_likelihood + _log_prior(model, prior)
@@ -183,9 +190,10 @@ class EM(AbstractAlgorithm):
         return State(statistics, log_likelihood, objective, step, memory, start)
 
     def step(self, state, data, *, weights=None, prior=None, key=None):
+        select_key, key = (None, None) if key is None else jax.random.split(key)
         step = state.step + 1
         memory = state.accumulation
-        batch, batch_weights = self.accumulation.select(memory, data, weights, step, key)
+        batch, batch_weights = self.accumulation.select(memory, data, weights, step, select_key)
 
         def evaluate(model: AbstractModel) -> tuple[Framed, Float[Array, ""]]:
             new, log_likelihood = self.expectation(model, batch, batch_weights, step, key)
@@ -193,6 +201,7 @@ class EM(AbstractAlgorithm):
 
         statistics = state.statistics if prior is None else state.statistics + prior
         model, optimiser = self.maximization(statistics, state.maximization, evaluate)
+        model = with_held(model, state.model)
         new, log_likelihood = self.expectation(model, batch, batch_weights, step, key)
         memory, statistics, log_likelihood = self.accumulation(memory, new, log_likelihood, step)
         objective = log_likelihood + _log_prior(statistics.frame, prior)

@@ -215,11 +215,15 @@ def _fit(
         ratio = change / carry.change
         error = jnp.where(ratio < 1, change * ratio / (1 - ratio), jnp.inf)
         error = jnp.where(jnp.isnan(carry.change), jnp.nan, jnp.where(change > 0, error, 0))
+        # Changes as small as rounding have no rate: keep the last estimate that had one.
+        resolution = _resolution(new.statistics) / total
+        noise = (change <= 10 * resolution) & jnp.isfinite(carry.error)
+        error = jnp.where(noise, carry.error, error)
 
         rounding = jnp.finfo(gain.dtype).eps * (jnp.abs(old.objective) + total)
         finite = jnp.isfinite(new.objective) & jnp.isfinite(change)
         fell = jnp.asarray(algorithm.ascends) & (gain < -100 * rounding)
-        still = change <= jnp.maximum(tol, _resolution(new.statistics) / total)
+        still = change <= jnp.maximum(tol, resolution)
         settled = (tol > 0) & still & (jnp.abs(gain) <= jnp.maximum(tol * total, 10 * rounding))
         failed = ~finite | fell
         result = RESULTS.where(settled, RESULTS.converged, carry.result)

@@ -75,11 +75,18 @@ def kmeans(
     models = jax.vmap(start)(jax.random.split(key, num_restarts))
     runs = fit_restarts(models, x, EM(Hard()), weights=weights, tol=tol, max_steps=max_steps)
     # Starts differ in the scale they hold, which is no part of k-means: compare inertias.
-    inertias = jax.lax.map(lambda model: inertia(model.components.mean, x, weights), runs.model)
+    inertias = _inertias(runs.model.components.mean, x, weights)
     winner = lane_order(eqx.tree_at(lambda s: s.objective, runs, -inertias))[0]
     solution = jax.tree.map(lambda leaf: leaf[winner], runs)
     sizes, _ = solution.statistics.sums
     return KMeans(solution.model.components.mean, inertias[winner], sizes, sizes <= 0, solution)
+
+
+@jax.jit
+def _inertias(
+    centroids: Float[Array, "lanes k d"], x: Float[Array, "n d"], weights: Float[Array, " n"] | None
+) -> Float[Array, " lanes"]:
+    return jax.lax.map(lambda lane: inertia(lane, x, weights), centroids)
 
 
 def inertia(

@@ -22,6 +22,7 @@ def _module(module: Any, natural: dict[str, Any], indent: str) -> str:
     inner = indent + "  "
     lines = []
     for name, value in natural.items():
+        comment = ""
         if isinstance(value, dict):
             child = getattr(module, name)
             if isinstance(child, tuple):
@@ -33,9 +34,10 @@ def _module(module: Any, natural: dict[str, Any], indent: str) -> str:
             body = _array(value, len(inner) + len(name) + 1)
             if name in held:
                 mask = held[name]
-                body += "  # held" + ("" if mask is None else f" where {list(map(int, mask))}")
-        lines.append(f"{inner}{name}={body}")
-    return f"{type(module).__name__}(\n" + ",\n".join(lines) + f"\n{indent})"
+                comment = "  # held" + ("" if mask is None else f" where {list(map(int, mask))}")
+        comma = "," if len(lines) + 1 < len(natural) else ""
+        lines.append(f"{inner}{name}={body}{comma}{comment}\n")
+    return f"{type(module).__name__}(\n" + "".join(lines) + f"{indent})"
 
 
 def _array(value: Any, column: int) -> str:

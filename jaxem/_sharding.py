@@ -27,7 +27,7 @@ class Sharded(AbstractExpectation):
     `fit` puts it around the algorithm's own when the data it is given are sharded along their
     leading axis; in a loop of one's own, write `EM(Sharded(Exact(), mesh, axis))`.
 
-    **Arguments:** `expectation`; `mesh`, whose axis types are `Auto`; `axis`, the name or names of
+    **Arguments:** `expectation`; `mesh`; `axis`, the name or names of
     the mesh axes along which units are spread.
     """
 

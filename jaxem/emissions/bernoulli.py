@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Num
 
 from jaxem import _linalg as la
-from jaxem._checks import check_counts, check_shape, check_values
+from jaxem._checks import check_counts, check_shape, check_values, num_features
 from jaxem._emission import AbstractEmission
 from jaxem._hold import Held, replace
 from jaxem._statistics import Framed
@@ -108,6 +108,7 @@ class Bernoulli(AbstractEmission):
 
     @classmethod
     def pooled(cls, x, num_components, weights):
+        check_counts(x, num_features(x), weights.dtype, cls.__name__)
         mean = weighted_mean(x.astype(weights.dtype), weights)
         n = jnp.sum(weights)
         probability = (n * mean + 0.5) / (n + 1)

@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jaxem import _linalg as la
-from jaxem._checks import check_continuous, check_shape, check_values
+from jaxem._checks import check_continuous, check_shape, check_values, num_features
 from jaxem._emission import AbstractEmission, finite
 from jaxem._hold import Held, replace
 from jaxem._statistics import Framed
@@ -240,6 +240,7 @@ class _ScaledGaussian(AbstractEmission):
 
     @classmethod
     def pooled(cls, x, num_components, weights, tied: bool = False):
+        check_continuous(x, num_features(x), x.dtype, cls.__name__)
         d = x.shape[1]
         mean = weighted_mean(x, weights)
         unit, second = weighted_second_moments(x, mean, weights)

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jaxem import _linalg as la
-from jaxem._checks import check_continuous, check_shape, check_values
+from jaxem._checks import check_continuous, check_shape, check_values, num_features
 from jaxem._emission import AbstractEmission
 from jaxem._hold import Held, replace
 from jaxem._statistics import Framed
@@ -109,6 +109,7 @@ class Exponential(AbstractEmission):
 
     @classmethod
     def pooled(cls, x, num_components, weights):
+        check_continuous(x, num_features(x), x.dtype, cls.__name__)
         mean = weighted_mean(x, weights)
         log_rate = jnp.minimum(-la.floored_log(mean), -vanishing(mean))
         shape = (num_components, x.shape[1])

@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jaxem import _linalg as la
-from jaxem._checks import check_continuous, check_shape, check_values
+from jaxem._checks import check_continuous, check_shape, check_values, num_features
 from jaxem._emission import AbstractEmission, finite
 from jaxem._hold import Held, replace
 from jaxem._statistics import Framed
@@ -116,9 +116,10 @@ class _FullGaussian(AbstractEmission):
     def _residual_log_prob(self, coordinates: Any, x: Array) -> Float[Array, "n k"]:
         log_norm, offset, whitener = coordinates
         c, d, _ = whitener.shape
+        n, k = x.shape[0], self.num_components
         white = la.matmul(whitener.reshape(c * d, d), (x - self._centroid()).T)
-        residual = white.reshape(c, d, -1) - offset[:, :, None]
-        return (la.repeat(log_norm, x.shape[0]) - 0.5 * jnp.sum(residual * residual, axis=1)).T
+        residual = white.reshape(c, d, n) - la.repeat(offset.reshape(-1), n).reshape(k, d, n)
+        return (la.repeat(log_norm, n) - 0.5 * jnp.sum(residual * residual, axis=1)).T
 
     def _residual_statistics(self, cotangents: Any) -> Moments:
         count, first, second = cotangents
@@ -217,6 +218,7 @@ class _FullGaussian(AbstractEmission):
 
     @classmethod
     def pooled(cls, x, num_components, weights):
+        check_continuous(x, num_features(x), x.dtype, cls.__name__)
         d = x.shape[1]
         c = 1 if cls.tied else num_components
         mean = weighted_mean(x, weights)

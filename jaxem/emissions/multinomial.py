@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Num
 
 from jaxem import _linalg as la
-from jaxem._checks import check_counts, check_shape
+from jaxem._checks import check_counts, check_shape, num_features
 from jaxem._emission import AbstractEmission
 from jaxem._hold import Held, replace
 from jaxem._statistics import Framed
@@ -121,6 +121,7 @@ class Multinomial(AbstractEmission):
 
     @classmethod
     def pooled(cls, x, num_components, weights):
+        check_counts(x, num_features(x), weights.dtype, cls.__name__)
         mean = weighted_mean(x.astype(weights.dtype), weights)
         shares = (mean + 1e-3 * jnp.mean(mean)) / jnp.sum(mean + 1e-3 * jnp.mean(mean))
         shape = (num_components, x.shape[1])

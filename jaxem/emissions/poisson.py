@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Num
 
 from jaxem import _linalg as la
-from jaxem._checks import check_counts, check_shape, check_values
+from jaxem._checks import check_counts, check_shape, check_values, num_features
 from jaxem._emission import AbstractEmission
 from jaxem._hold import Held, replace
 from jaxem._statistics import Framed
@@ -124,6 +124,7 @@ class Poisson(AbstractEmission):
 
     @classmethod
     def pooled(cls, x, num_components, weights):
+        check_counts(x, num_features(x), weights.dtype, cls.__name__)
         mean = weighted_mean(x.astype(weights.dtype), weights)
         n = jnp.sum(weights)
         log_rate = jnp.log((n * mean + 0.5) / (n + 0.5))

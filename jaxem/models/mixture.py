@@ -87,18 +87,21 @@ class Mixture(AbstractModel):
         self.check(data)
         check_weights(weights, num_units(data))
 
+        (counts, sums), log_likelihood = self._cheapest_sums(data, weights, posterior, key)
+        return Framed((counts, sums), self), log_likelihood
+
+    @eqx.filter_jit  # so that an eager call compiles once
+    def _cheapest_sums(
+        self, data: Any, weights: Any, posterior: AbstractPosterior, key: Any
+    ) -> Any:
         def total(components: AbstractEmission) -> Any:
             return replace(self, components=components)._sums(data, weights, posterior, key)
 
         shortcut = self.components.shortcut()
         if shortcut is None:
-            (counts, sums), log_likelihood = total(self.components)
-        else:
-            safe, cheaper = shortcut
-            (counts, sums), log_likelihood = lax.cond(
-                safe, lambda: total(cheaper), lambda: total(self.components)
-            )
-        return Framed((counts, sums), self), log_likelihood
+            return total(self.components)
+        safe, cheaper = shortcut
+        return lax.cond(safe, lambda: total(cheaper), lambda: total(self.components))
 
     def _sums(
         self, data: Any, weights: Any, posterior: AbstractPosterior, key: Any, given: Any = None
@@ -181,6 +184,11 @@ class Mixture(AbstractModel):
     # What a mixture says of data
 
     def check(self, data: PyTree[Array]) -> None:
+        if self.logits.ndim != 1:
+            raise ValueError(
+                f"a mixture has weights of shape (k,), these have {self.logits.shape}: fit takes "
+                "one model, fit_restarts and jax.vmap take models stacked along a leading axis."
+            )
         self.components.check(data)
         num_units(data)
 
@@ -192,20 +200,20 @@ class Mixture(AbstractModel):
 
     def log_prob(self, data: PyTree[Array]) -> Float[Array, " n"]:
         """log p(x) of each unit."""
-        return self._map(lambda joint: Exact().marginalize(joint)[0], data)
+        return self._map(_log_prob, data)
 
     def responsibilities(self, data: PyTree[Array]) -> Float[Array, "n k"]:
         """P(z = k | x) of each unit."""
-        return self._map(lambda joint: Exact().marginalize(joint)[1], data)
+        return self._map(_responsibilities, data)
 
     def predict(self, data: PyTree[Array]) -> Int[Array, " n"]:
         """The most probable component of each unit, the first among equals."""
-        return self._map(lambda joint: jnp.argmax(joint, axis=1), data)
+        return self._map(_most_probable, data)
 
     def _map(self, function: Any, data: PyTree[Array]) -> Any:
         data = as_arrays(data)
         self.check(data)
-        return map_over_units(lambda x: function(self._log_joint(x)), data, width=self.width(data))
+        return _map_joint(self, function, data)
 
     def sample(self, key: Array, n: int) -> tuple[PyTree[Array], Int[Array, " n"]]:
         """n draws of x, and the components z that they come from."""
@@ -239,8 +247,8 @@ class Mixture(AbstractModel):
         **Arguments:**
 
         - `family`: an emission class, or `functools.partial` of one.
-        - `method`: `"k-means++"` draws units far from each other in the family's own deviance
-          (`jaxem.kmeans_plus_plus`); `"random"` draws them uniformly.
+        - `method`: `"k-means++"` draws units far from each other in the family's own deviance;
+          `"random"` draws them by weight alone.
 
         Pure, so that restarts are a `jax.vmap` over keys.
 
@@ -276,3 +284,20 @@ class Mixture(AbstractModel):
     def _uniform(cls, components: AbstractEmission) -> Self:
         k = components.num_components
         return cls(jnp.full(k, 1 / k, float_dtype(components)), components)
+
+
+def _log_prob(joint: Float[Array, "n k"]) -> Float[Array, " n"]:
+    return Exact().marginalize(joint)[0]
+
+
+def _responsibilities(joint: Float[Array, "n k"]) -> Float[Array, "n k"]:
+    return Exact().marginalize(joint)[1]
+
+
+def _most_probable(joint: Float[Array, "n k"]) -> Int[Array, " n"]:
+    return jnp.argmax(joint, axis=1)
+
+
+@eqx.filter_jit  # so that an eager call compiles once
+def _map_joint(model: Mixture, function: Any, data: PyTree[Array]) -> Any:
+    return map_over_units(lambda x: function(model._log_joint(x)), data, width=model.width(data))

@@ -1,0 +1,130 @@
+"""Every example runs as a new user runs it, and says something true."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+
+
+def run(name, *arguments, cwd):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", EXAMPLES / name, *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def number(pattern, text):
+    return float(re.search(pattern + r"\s*(-?\d[\d.e+-]*\d|\d)", text).group(1))
+
+
+def table(text, first):
+    """The numbers of the lines below the one that starts with `first`, up to a blank line."""
+    below = text[text.index(first) :].split("\n\n")[0].splitlines()[1:]
+    return [[float(word) for word in re.findall(r"-?\d+\.?\d*", line)] for line in below]
+
+
+def test_quickstart(tmp_path):
+    text = run("quickstart.py", "out.png", cwd=tmp_path)
+    lines = [row for row in table(text, "  k   log-likelihood")]
+    assert [row[0] for row in lines] == [1, 2, 3, 4, 5]
+    for k, log_likelihood, parameters, bic, icl, _, *starts in lines:
+        assert parameters == 6 * k - 1
+        assert bic == pytest.approx(-2 * log_likelihood + parameters * np.log(272), abs=0.2)
+        assert icl >= bic - 0.1
+        assert sum(starts) == 100
+    # R mclust 6.0.0, models VVV: -1130.264 and, at a lower maximum than ours, -1127.072.
+    assert lines[1][1] == pytest.approx(-1130.264, abs=0.01)
+    assert lines[2][1] >= -1127.08
+    assert "BIC chooses 2 components" in text and "converged" in text
+    pixels = np.asarray(Image.open(tmp_path / "out.png").convert("L"), dtype=float)
+    left, right = np.array_split(pixels, 2, axis=1)
+    assert pixels.shape[1] > 1500 and left.std() > 20 and right.std() > 20
+
+
+def test_restarts(tmp_path):
+    text = run("restarts.py", cwd=tmp_path)
+    lines = re.findall(r"^ +(-\d+\.\d+) +(\d+) +([\d.]+) +([\d.]+) +(\w+)$", text, re.M)
+    chosen = number("log-likelihood", text[text.index("best sound") :])
+    above = [row for row in lines if float(row[0]) > chosen + 1e-2]
+    assert above and all(row[4] == "degenerate" for row in above)
+    assert int(re.search(r"(\d+) higher ones set aside", text).group(1)) == sum(
+        int(row[1]) for row in above
+    )
+    reached, short, long = map(
+        float, re.search(r"reaches (\S+) in (\d+) .* of (\d+)\.", text).groups()
+    )
+    assert reached == pytest.approx(chosen, abs=1e-3) and short < long
+
+
+def test_mixed_data(tmp_path):
+    text = run("mixed_data.py", cwd=tmp_path)
+    classes = table(text, "class   share")
+    assert sum(row[1] for row in classes) == pytest.approx(100, abs=2)
+    articles = [row[3] for row in classes]
+    assert articles == sorted(articles)
+    (_, *yes), (_, *no) = re.findall(r"^ +(yes|no) +(\S+) +(\S+) +(\S+)$", text, re.M)
+    (free, free_bic, _), (held, held_bic, _) = np.array([yes, no], float)
+    assert free >= held  # the held model is contained in the free one
+    size = np.log(915 - 183)
+    # 2 weights, 3 × (1 + 1) of prestige, 3 × 3 rates, and 3 × 2 probabilities unless held
+    assert free_bic == pytest.approx(-2 * free + 23 * size, abs=0.1)
+    assert held_bic == pytest.approx(-2 * held + 17 * size, abs=0.1)
+
+
+def test_out_of_core(tmp_path):
+    text = run("out_of_core.py", "150000", cwd=tmp_path)  # the last chunk is a shorter one
+    climbed = [float(value) for value in re.findall(r"step .*log-likelihood (\S+)", text)]
+    assert len(climbed) == 4 and climbed == sorted(climbed)
+    weights = [float(w) for w in re.search(r"weights=\[(.*?)\]", text).group(1).split()]
+    assert sorted(weights) == pytest.approx([0.2, 0.3, 0.5], abs=0.01)
+    assert number("fit in memory:", text) < 1e-4
+
+
+def test_from_functions(tmp_path):
+    text = run("from_functions.py", cwd=tmp_path)
+    counts = np.array([125.0, 18.0, 20.0, 34.0])
+
+    def exact(y):  # the positive root of n θ² − (y₁ − 2(y₂ + y₃) − y₄) θ − 2 y₄ = 0
+        middle = y[0] - 2 * (y[1] + y[2]) - y[3]
+        return (middle + np.sqrt(middle**2 + 8 * y.sum() * y[3])) / (2 * y.sum())
+
+    assert number("theta =", text) == pytest.approx(exact(counts), abs=1e-9)
+    influence = [float(v) for v in re.search(r"counts = \[(.*)\]", text).group(1).split()]
+    steps = 1e-4 * np.eye(4)
+    slopes = [(exact(counts + h) - exact(counts - h)) / 2e-4 for h in steps]
+    assert influence == pytest.approx(slopes, abs=1e-6)
+
+
+def test_custom_emission(tmp_path):
+    text = run("custom_emission.py", cwd=tmp_path)
+    report = text.split("\n\n")[0].splitlines()
+    assert len(report) == 10 and all(re.match(r".{28} holds", line) for line in report)
+    weights = [float(w) for w in re.search(r"weights=\[(.*?)\]", text).group(1).split()]
+    assert sorted(weights) == pytest.approx([0.3, 0.7], abs=0.05)
+
+
+def test_a_new_emission_takes_fifty_lines():
+    code = (EXAMPLES / "custom_emission.py").read_text()
+    family = code[code.index("class Geometric") : code.index("if __name__")]
+    assert sum(bool(line.strip()) for line in family.splitlines()) <= 50
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_is_one_short_file(path):
+    code = path.read_text()
+    assert sum(bool(line.strip()) for line in code.splitlines()) <= 80
+    assert not re.search(
+        rf"^(from|import) ({'|'.join(p.stem for p in EXAMPLES.glob('*.py'))})\b", code, re.M
+    )
