@@ -30,15 +30,15 @@ runs = jaxem.fit_restarts(starts, x, max_steps=5000)
 print(runs, "\n")
 
 print("log-likelihood   starts   smallest variance   lightest weight   result")
-names = ("converged", "max_steps_reached", "degenerate")
 maxima, first, counts = np.unique(
     np.round(runs.log_likelihood, 3), return_index=True, return_counts=True
 )
 for value, i, count in [*zip(maxima, first, counts, strict=True)][::-1][:8]:
     lane = jax.tree.map(lambda leaf, i=i: leaf[i], runs)
-    name = next(name for name in names if lane.result == getattr(jaxem.RESULTS, name))
     variance, weight = lane.model.components.covariance.min(), lane.model.weights.min()
-    print(f"{value:14.3f}{count:9d}{variance:20.5f}{weight:18.4f}   {name}")
+    print(
+        f"{value:14.3f}{count:9d}{variance:20.5f}{weight:18.4f}   {jaxem.result_name(lane.result)}"
+    )
 
 chosen = jaxem.best(runs)
 print(f"\nThe best sound maximum, {int(chosen.set_aside)} higher ones set aside:\n{chosen}\n")

@@ -32,6 +32,7 @@ from jaxem._sharding import Sharded as Sharded
 from jaxem._solution import RESULTS as RESULTS
 from jaxem._solution import Solution as Solution
 from jaxem._solution import best as best
+from jaxem._solution import result_name as result_name
 from jaxem._statistics import Framed as Framed
 from jaxem.emissions import Bernoulli as Bernoulli
 from jaxem.emissions import Categorical as Categorical

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
@@ -39,11 +40,9 @@ def icl(
 
     Biernacki, Celeux & Govaert (2000), IEEE PAMI 22.
     """
-    _, model, _ = _evaluate(fitted, data, weights)
-    r = model.responsibilities(data)
-    entropy = jnp.sum(jax.scipy.special.entr(r), axis=1)
-    entropy = entropy if weights is None else jnp.where(weights != 0, weights * entropy, 0)
-    return bic(fitted, data, weights=weights) + 2 * jnp.sum(entropy)
+    model = fitted.model if isinstance(fitted, Solution) else fitted
+    least = bic(fitted, data, weights=weights)
+    return least + 2 * _entropy(model, as_arrays(data), as_arrays(weights))
 
 
 def _evaluate(fitted: Any, data: Any, weights: Any) -> tuple[Array, Any, Array]:
@@ -51,6 +50,17 @@ def _evaluate(fitted: Any, data: Any, weights: Any) -> tuple[Array, Any, Array]:
     data, weights = as_arrays(data), as_arrays(weights)
     n = num_units(data)
     check_weights(weights, n)
-    _, log_likelihood = model.e_step(data, weights)
+    log_likelihood = _log_likelihood(model, data, weights)
     total = jnp.asarray(n, log_likelihood.dtype) if weights is None else jnp.sum(weights)
     return log_likelihood, model, total
+
+
+@eqx.filter_jit
+def _log_likelihood(model: Any, data: Any, weights: Any) -> Array:
+    return model.e_step(data, weights)[1]
+
+
+@eqx.filter_jit
+def _entropy(model: Any, data: Any, weights: Any) -> Array:
+    entropy = jnp.sum(jax.scipy.special.entr(model.responsibilities(data)), axis=1)
+    return jnp.sum(entropy if weights is None else jnp.where(weights != 0, weights * entropy, 0))

@@ -110,9 +110,11 @@ def is_any(result: RESULTS, *members: RESULTS) -> Array:
     return jnp.any(jnp.stack([result == member for member in members]), axis=0)
 
 
-def result_name(result: RESULTS) -> str:
-    """The name of a single concrete result, such as `"converged"`."""
-    return next(name for name in result_names() if bool(result == getattr(RESULTS, name)))
+def result_name(result: RESULTS) -> str | np.ndarray:
+    """The name of a result, such as `"converged"`; of a batch of results, an array of names."""
+    names = np.array(result_names())
+    index = np.argmax([np.asarray(result == getattr(RESULTS, name)) for name in names], axis=0)
+    return names[index] if np.ndim(index) else str(names[index])
 
 
 def result_names() -> tuple[str, ...]:
@@ -132,8 +134,8 @@ def summary(solution: Solution) -> str:
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(solution)):
         return f"Solution(model={type(solution.model).__name__}, traced)"
     if np.ndim(solution.objective):
-        counts = {n: int(np.sum(solution.result == getattr(RESULTS, n))) for n in result_names()}
-        ended = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+        names = list(np.ravel(result_name(solution.result)))
+        ended = ", ".join(f"{names.count(n)} {n}" for n in result_names() if n in names)
         return f"Solutions of {np.size(solution.objective)} fits: {ended}"
     lines = [
         f"Solution: {result_name(solution.result)} after {int(solution.num_steps)} steps",

@@ -1,0 +1,774 @@
+"""Law 7: a bad input gets a ValueError or its result, the same eagerly, under jit and vmap."""
+
+import functools
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxem
+from jaxem import EM, RESULTS, Hard, Mixture
+from jaxem._solution import result_name
+
+N = 16
+KEY = jax.random.key(0)
+_rng = np.random.default_rng(0)
+X = jnp.asarray(np.r_[_rng.normal(-2, 1, (8, 2)), _rng.normal(2, 1, (8, 2))])
+COUNTS = jnp.asarray(np.r_[_rng.poisson(2, (8, 2)), _rng.poisson(9, (8, 2))], float)
+BITS = (COUNTS > 4).astype(float)
+CODES = jnp.asarray(_rng.integers(0, 3, (N, 2)))
+TIMES = jnp.asarray(_rng.exponential(1, (N, 2)))
+ONES = jnp.ones(N)
+HALF = jnp.full(2, 0.5)
+MEANS = jnp.array([[-1.0, -1.0], [1.0, 1.0]])
+EYES = jnp.broadcast_to(jnp.eye(2), (2, 2, 2))
+
+
+def _e_step(params, x, weights):
+    gap = x[:, 0] - params
+    return (weights @ x[:, 0], jnp.sum(weights)), -0.5 * weights @ gap**2
+
+
+def _m_step(sums):
+    return sums[0] / sums[1]
+
+
+def _m_step_off(sums):
+    return sums[0] / sums[1] + 5
+
+
+def _m_step_nan(sums):
+    return sums[0] * jnp.nan
+
+
+GAUSSIANS = {
+    "full": lambda mean: jaxem.Gaussian(mean, EYES),
+    "tied": lambda mean: jaxem.TiedGaussian(mean, jnp.eye(2)),
+    "diagonal": lambda mean: jaxem.DiagonalGaussian(mean, jnp.ones((2, 2))),
+    "spherical": lambda mean: jaxem.SphericalGaussian(mean, jnp.ones(2)),
+    "one sphere": lambda mean: jaxem.SphericalGaussian(mean, jnp.array(1.0)),
+}
+FAMILIES = {
+    "full": jaxem.Gaussian,
+    "tied": jaxem.TiedGaussian,
+    "diagonal": jaxem.DiagonalGaussian,
+    "spherical": jaxem.SphericalGaussian,
+    "one sphere": functools.partial(jaxem.SphericalGaussian, tied=True),
+}
+INDEPENDENT = jaxem.Independent(
+    (
+        jaxem.Gaussian(MEANS, EYES),
+        jaxem.Poisson(jnp.array([[2.0, 2.0], [8.0, 8.0]])),
+        jaxem.Bernoulli(jnp.array([[0.3, 0.4], [0.6, 0.7]])),
+        jaxem.Categorical(jnp.array([[[0.2, 0.3, 0.5]] * 2, [[0.5, 0.3, 0.2]] * 2])),
+    )
+)
+HEALTHY = {
+    **{name: (Mixture(HALF, make(MEANS)), X) for name, make in GAUSSIANS.items()},
+    "poisson": (Mixture(HALF, INDEPENDENT.parts[1]), COUNTS),
+    "bernoulli": (Mixture(HALF, INDEPENDENT.parts[2]), BITS),
+    "categorical": (Mixture(HALF, INDEPENDENT.parts[3]), CODES),
+    "multinomial": (Mixture(HALF, jaxem.Multinomial(jnp.array([[0.3, 0.7], [0.6, 0.4]]))), COUNTS),
+    "exponential": (Mixture(HALF, jaxem.Exponential(jnp.array([[1.0, 2.0], [0.1, 0.3]]))), TIMES),
+    "independent": (Mixture(HALF, INDEPENDENT), (X, COUNTS, BITS, CODES)),
+    "functions": (jaxem.from_functions(_e_step, _m_step, jnp.array(0.0)), X),
+}
+
+
+class Case(NamedTuple):
+    model: Any
+    data: Any
+    weights: Any
+    expected: str
+    options: Any = {}
+
+
+def _first(data, value):
+    """The data with the first number of the first floating leaf replaced."""
+    if isinstance(data, tuple):
+        return (_first(data[0], value), *data[1:])
+    return data.at[0, 0].set(value)
+
+
+def _weighted(case: Case, weights, expected) -> Case:
+    return case._replace(weights=weights, expected=expected)
+
+
+VALUES: dict[str, Case] = {}
+
+for _name, (_model, _data) in HEALTHY.items():
+    _case = Case(_model, _data, ONES, "converged")
+    VALUES[f"{_name}: healthy"] = _case
+    VALUES[f"{_name}: all weights 0"] = _weighted(_case, 0 * ONES, "invalid_weights")
+    VALUES[f"{_name}: a negative weight"] = _weighted(_case, ONES.at[3].set(-1), "invalid_weights")
+    VALUES[f"{_name}: a NaN weight"] = _weighted(_case, ONES.at[3].set(jnp.nan), "invalid_weights")
+    VALUES[f"{_name}: an infinite weight"] = _weighted(
+        _case, ONES.at[3].set(jnp.inf), "invalid_weights"
+    )
+    if _name == "categorical":
+        continue
+    for _what, _value in (("a NaN", jnp.nan), ("an inf", jnp.inf), ("a −inf", -jnp.inf)):
+        _bad = _case._replace(data=_first(_data, _value))
+        VALUES[f"{_name}: {_what}"] = _bad._replace(expected="invalid_data")
+    # The general e_step of plain functions cannot leave a unit out; see ABSENT for the others.
+
+for _name in GAUSSIANS:
+    _case = Case(*HEALTHY[_name], ONES, "converged")
+    _model = _case.model
+    _round = _name in ("spherical", "one sphere")
+    _line = "converged" if _round else "degenerate"
+    VALUES |= {
+        f"{_name}: a column of 3": _case._replace(data=X.at[:, 1].set(3), expected=_line),
+        f"{_name}: a column of 0": _case._replace(data=X.at[:, 1].set(0), expected=_line),
+        f"{_name}: all points equal": _case._replace(data=jnp.ones((N, 2)), expected="degenerate"),
+        f"{_name}: every point twice": _case._replace(data=jnp.repeat(X[::2], 2, axis=0)),
+        f"{_name}: one unit present": _weighted(_case, jnp.zeros(N).at[2].set(1), "degenerate"),
+        f"{_name}: weights 1e300": _weighted(_case, 1e300 * ONES, "converged"),
+        f"{_name}: weights 1e-300": _weighted(_case, 1e-300 * ONES, "degenerate"),
+        f"{_name}: a component that dies": _case._replace(
+            model=Mixture(HALF, GAUSSIANS[_name](MEANS.at[1].set(1e6))), expected="degenerate"
+        ),
+        f"{_name}: a component of weight 0": _case._replace(
+            model=Mixture(jnp.array([1.0, 0.0]), _model.components), expected="degenerate"
+        ),
+        f"{_name}: hard, a component that dies": _case._replace(
+            model=Mixture(HALF, GAUSSIANS[_name](MEANS.at[1].set(1e6))),
+            expected="degenerate",
+            options={"algorithm": EM(Hard())},
+        ),
+        f"{_name}: data far smaller than the start's scale": _case._replace(data=1e-30 * X),
+        f"{_name}: data whose squares overflow": _case._replace(
+            data=1e200 * X, expected="nonfinite"
+        ),
+        f"{_name}: no step": _case._replace(expected="max_steps_reached", options={"max_steps": 0}),
+        f"{_name}: tol 0": _case._replace(
+            expected="max_steps_reached", options={"tol": 0.0, "max_steps": 3}
+        ),
+        f"{_name}: a NaN mean": _case._replace(
+            model=jax.tree.map(lambda leaf: leaf * jnp.nan, _model), expected="nonfinite"
+        ),
+    }
+
+for _name, _column, _result in (
+    ("poisson", COUNTS.at[:, 0].set(0), "converged"),
+    ("multinomial", COUNTS.at[:, 0].set(0), "converged"),
+    ("bernoulli", BITS.at[:, 0].set(1), "converged"),
+    ("categorical", CODES.at[:, 0].set(2), "converged"),
+    ("exponential", TIMES.at[:, 0].set(0), "degenerate"),
+):
+    _case = Case(HEALTHY[_name][0], _column, ONES, _result)
+    VALUES[f"{_name}: a column at the boundary"] = _case
+
+for _name, _value in (
+    ("poisson", -1.0),
+    ("poisson", 0.5),
+    ("multinomial", -1.0),
+    ("multinomial", 0.5),
+    ("bernoulli", 2.0),
+    ("bernoulli", 0.5),
+    ("categorical", 3),
+    ("categorical", -1),
+    ("exponential", -1.0),
+):
+    _model, _data = HEALTHY[_name]
+    VALUES[f"{_name}: a value of {_value}"] = Case(
+        _model, _first(_data, _value), ONES, "invalid_data"
+    )
+
+VALUES |= {
+    "multinomial: a unit without counts": Case(
+        HEALTHY["multinomial"][0], COUNTS.at[0].set(0), ONES, "converged"
+    ),
+    "multinomial: no counts at all": Case(HEALTHY["multinomial"][0], 0 * COUNTS, ONES, "converged"),
+    "independent: a negative count": Case(
+        HEALTHY["independent"][0], (X, COUNTS.at[0, 0].set(-1), BITS, CODES), ONES, "invalid_data"
+    ),
+    "functions: an M-step that lowers the objective": Case(
+        jaxem.from_functions(_e_step, _m_step_off, jnp.mean(X[:, 0])), X, ONES, "decreased"
+    ),
+    "functions: an M-step that returns NaN": Case(
+        jaxem.from_functions(_e_step, _m_step_nan, jnp.array(0.0)), X, ONES, "nonfinite"
+    ),
+    "functions: a NaN start": Case(
+        jaxem.from_functions(_e_step, _m_step, jnp.array(jnp.nan)), X, ONES, "nonfinite"
+    ),
+    "full: frozen covariance on a constant column": Case(
+        jaxem.freeze(HEALTHY["full"][0], "components.covariance"),
+        X.at[:, 1].set(0),
+        ONES,
+        "converged",
+    ),
+    "full: a prior on a constant column": Case(
+        HEALTHY["full"][0],
+        X.at[:, 1].set(0),
+        ONES,
+        "converged",
+        {
+            "prior": HEALTHY["full"][0].prior(
+                components=jaxem.Gaussian(MEANS, EYES).prior(
+                    covariance=jnp.eye(2), covariance_count=6.0
+                )
+            )
+        },
+    ),
+    "full: a prior with a NaN": Case(
+        HEALTHY["full"][0],
+        X,
+        ONES,
+        "nonfinite",
+        {"prior": jax.tree.map(lambda leaf: leaf * jnp.nan, HEALTHY["full"][0].prior())},
+    ),
+}
+
+
+@eqx.filter_jit
+def _start(data, family):
+    return Mixture.init(KEY, data, 2, family)
+
+
+def _scaled(name: str, scale: float, dtype: Any, expected: str) -> Case:
+    data = jnp.asarray(scale * X, dtype)
+    return Case(_start(data, FAMILIES[name]), data, ONES.astype(dtype), expected)
+
+
+SCALES = [
+    (name, scale, dtype, expected)
+    for name in FAMILIES
+    for scale, dtype, expected in (
+        (1e30, jnp.float64, "converged"),
+        (1e-30, jnp.float64, "converged"),
+        (1e15, jnp.float32, "converged"),
+        (1e-15, jnp.float32, "converged"),
+        (1e30, jnp.float32, "nonfinite"),  # a variance of 1e60
+        (1e-30, jnp.float32, "degenerate"),  # a variance of 1e-60
+        (1e200, jnp.float64, "nonfinite"),
+        (1e-200, jnp.float64, "degenerate"),
+    )
+]
+
+
+def _fit(inputs, options):
+    model, data, weights = inputs
+    return jaxem.fit(model, data, weights=weights, throw=False, **options)
+
+
+@eqx.filter_jit
+def _compiled(inputs, options):
+    """A solution, and the state of the algorithm at its model."""
+    solution = _fit(inputs, options)
+    _, data, weights = inputs
+    algorithm, prior = options.get("algorithm", EM()), options.get("prior")
+    return solution, algorithm.init(solution.model, data, weights=weights, prior=prior)
+
+
+@eqx.filter_jit
+def _lanes(inputs, options):
+    return jax.vmap(lambda lane: _fit(lane, options))(inputs)
+
+
+def _stack(*trees):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def _finite(tree) -> bool:
+    return all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(tree))
+
+
+def _close(a, b, rtol):
+    jax.tree.map(lambda u, v: np.testing.assert_allclose(u, v, rtol=rtol, atol=rtol), a, b)
+
+
+def _invariants(case: Case, solution, again):
+    """What holds of every solution, whatever its result."""
+    result, steps = result_name(solution.result), int(solution.num_steps)
+    assert solution.history.shape[0] > steps
+    reached, rest = solution.history[: steps + 1], solution.history[steps + 1 :]
+    assert bool(jnp.all(jnp.isnan(rest)))
+    if result in ("converged", "max_steps_reached", "degenerate"):
+        parts = solution.model, solution.statistics, solution.objective, solution.log_likelihood
+        assert _finite(parts), "not finite, yet called well"
+    if _finite(case.model):
+        assert _finite(solution.model)
+    if _finite(reached[0]):
+        assert _finite(reached)
+        np.testing.assert_allclose(solution.objective, reached[-1], rtol=1e-6)
+        _close(again.objective, solution.objective, 1e-6)
+        scale = 1 + max(
+            float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(again.statistics.sums)
+        )
+        gap = jax.tree.map(
+            lambda u, v: (u - v) / scale, again.statistics.sums, solution.statistics.sums
+        )
+        assert all(float(jnp.max(jnp.abs(leaf))) < 1e-4 for leaf in jax.tree.leaves(gap))
+
+
+def _same_everywhere(case: Case, healthy):
+    inputs = case.model, case.data, case.weights
+    eager = _fit(inputs, case.options)
+    compiled, again = _compiled(inputs, case.options)
+    lanes = _lanes(_stack(inputs, healthy), case.options)
+    ended = [result_name(s.result) for s in (eager, compiled, jax.tree.map(lambda a: a[0], lanes))]
+    assert ended == [case.expected] * 3
+    _invariants(case, compiled, again)
+    neighbour = jax.tree.map(lambda leaf: leaf[1], lanes)
+    alone, _ = _compiled(healthy, case.options)
+    assert result_name(neighbour.result) == result_name(alone.result)
+    # Equal shapes still compile to another order of sums; nothing larger may pass over.
+    rtol = 1e-6 if alone.objective.dtype == jnp.float64 else 1e-4
+    _close((neighbour.model, neighbour.objective), (alone.model, alone.objective), rtol)
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_values(name):
+    case = VALUES[name]
+    family = name.split(":")[0]
+    model, data = HEALTHY[family]
+    if jax.tree.structure(model) != jax.tree.structure(case.model):
+        # Frozen leaves and other functions are other structures: the case's own start, good data.
+        model = case.model
+    _same_everywhere(case, (model, data, ONES))
+
+
+@pytest.mark.parametrize(("name", "scale", "dtype", "expected"), SCALES)
+def test_scales(name, scale, dtype, expected):
+    case = _scaled(name, scale, dtype, expected)
+    good = _scaled(name, 1.0, dtype, "converged")
+    _same_everywhere(case, (good.model, good.data, good.weights))
+
+
+def test_the_tables_are_long():
+    assert len(VALUES) + len(SCALES) >= 100
+    assert len(REFUSED) >= 50
+
+
+ABSENT = sorted(set(HEALTHY) - {"functions"})
+
+
+@pytest.mark.parametrize("name", ABSENT)
+def test_weight_0_equals_absence(name):
+    model, data = HEALTHY[name]
+    rubbish = jax.tree.map(
+        lambda leaf: leaf.at[:3].set(-7 if leaf.dtype == CODES.dtype else jnp.nan), data
+    )
+    holed, _ = _compiled((model, rubbish, ONES.at[:3].set(0)), {})
+    without, _ = _compiled((model, jax.tree.map(lambda leaf: leaf[3:], data), ONES[3:]), {})
+    assert result_name(holed.result) == result_name(without.result) == "converged"
+    _close(holed.model, without.model, 1e-8)
+    np.testing.assert_allclose(holed.objective, without.objective, rtol=1e-12)
+    _close(holed.statistics.sums, without.statistics.sums, 1e-8)
+
+
+@pytest.mark.parametrize("name", ABSENT)
+def test_a_start_ignores_absent_units(name):
+    _, data = HEALTHY[name]
+    families = (
+        jaxem.Gaussian,
+        jaxem.Poisson,
+        jaxem.Bernoulli,
+        functools.partial(jaxem.Categorical, num_categories=3),
+    )
+    family = {
+        **FAMILIES,
+        "poisson": families[1],
+        "bernoulli": families[2],
+        "categorical": families[3],
+        "multinomial": jaxem.Multinomial,
+        "exponential": jaxem.Exponential,
+        "independent": functools.partial(jaxem.Independent, families=families),
+    }[name]
+    rubbish = jax.tree.map(
+        lambda leaf: leaf.at[:3].set(-7 if leaf.dtype == CODES.dtype else jnp.nan), data
+    )
+    model = Mixture.init(KEY, rubbish, 2, family, weights=ONES.at[:3].set(0))
+    assert _finite(model)
+
+
+def _nan_later(sums):
+    """Good for one step from 5, then NaN."""
+    mean = 0.5 * (sums[0] / sums[1] + sums[2])
+    return jnp.where(jnp.abs(mean - sums[0] / sums[1]) < 1.5, jnp.nan, mean)
+
+
+def _e_step_with_params(params, x, weights):
+    sums, value = _e_step(params, x, weights)
+    return (*sums, params), value
+
+
+def test_the_state_before_a_failing_step_is_returned_whole():
+    start = jaxem.from_functions(_e_step_with_params, _nan_later, jnp.mean(X[:, 0]) + 5.0)
+    solution = jaxem.fit(start, X, weights=ONES, throw=False)
+    assert result_name(solution.result) == "nonfinite"
+    assert int(solution.num_steps) == 1
+    assert _finite((solution.model, solution.history[:2], solution.statistics))
+    statistics, objective = solution.model.e_step(X, ONES)
+    np.testing.assert_allclose(solution.model.params, jnp.mean(X[:, 0]) + 2.5, rtol=1e-12)
+    np.testing.assert_allclose(solution.objective, objective, rtol=1e-12)
+    np.testing.assert_allclose(solution.history[1], objective, rtol=1e-12)
+    _close(solution.statistics.sums, statistics.sums, 1e-12)
+
+
+def test_more_components_than_units():
+    four = jnp.linspace(-1, 1, 4)[:, None] * jnp.ones(2)
+    model = Mixture(jnp.full(4, 0.25), jaxem.SphericalGaussian(four, jnp.ones(4)))
+    solution = jaxem.fit(model, X[:2])
+    assert result_name(solution.result) == "degenerate"
+
+
+@pytest.mark.parametrize("data", [jnp.ones((N, 2)), jnp.zeros((N, 2)), jnp.repeat(X[:2], 8, 0)])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_starts_survive_duplicates(name, data):
+    model = Mixture.init(KEY, data, 2, FAMILIES[name])
+    assert _finite(model)
+    solution = jaxem.fit(model, data, weights=ONES)
+    assert result_name(solution.result) == "degenerate"
+    assert _finite((solution.model, solution.objective))
+
+
+def test_a_multinomial_start_without_counts():
+    assert _finite(Mixture.init(KEY, 0 * COUNTS, 2, jaxem.Multinomial))
+
+
+IMPOSSIBLE = {
+    "a mean of NaN": lambda v: Mixture(HALF, jaxem.Gaussian(v * MEANS, EYES)),
+    "a covariance of NaN": lambda v: Mixture(HALF, jaxem.Gaussian(MEANS, v * EYES)),
+    "a negative covariance": lambda v: Mixture(HALF, jaxem.Gaussian(MEANS, -v * v * EYES - EYES)),
+    "a variance of NaN": lambda v: Mixture(
+        HALF, jaxem.DiagonalGaussian(MEANS, v * jnp.ones((2, 2)))
+    ),
+    "weights of NaN": lambda v: Mixture(v * HALF, jaxem.Gaussian(MEANS, EYES)),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_impossible_parameters(name):
+    """Refused where their values are known; else the fit says so."""
+    with pytest.raises(ValueError, match=r"NaN|positive|non-negative"):
+        IMPOSSIBLE[name](jnp.nan)
+    fit = jax.jit(lambda v: jaxem.fit(IMPOSSIBLE[name](v), X, throw=False).result)
+    assert result_name(fit(jnp.nan)) == "nonfinite"
+
+
+def _gaussians(k: int, d: int = 2, dtype: Any = float) -> Mixture:
+    components = jaxem.Gaussian(
+        jnp.zeros((k, d), dtype), jnp.broadcast_to(jnp.eye(d, dtype=dtype), (k, d, d))
+    )
+    return Mixture(jnp.full(k, 1 / k, dtype), components)
+
+
+FULL = HEALTHY["full"][0]
+
+
+def _fit_full(x, *args, **options):
+    return jaxem.fit(FULL, x, *args, throw=False, **options)
+
+
+def _fit_functions(e_step, m_step):
+    def run(x):
+        return jaxem.fit(jaxem.from_functions(e_step, m_step, jnp.array(0.0)), x, weights=ONES)
+
+    return run
+
+
+def _init(family, k=2):
+    return lambda x: Mixture.init(KEY, x, k, family)
+
+
+# Shapes, dtypes and settings: (what is run, on what, what its ValueError says).
+REFUSED = {
+    "one axis": (_fit_full, X[:, 0], r"shape \(n, 2\), got \(16,\); write x\[:, None\]"),
+    "three axes": (_fit_full, X[None], r"shape \(n, 2\), got \(1, 16, 2\)"),
+    "another number of features": (_fit_full, jnp.ones((N, 3)), r"\(n, 2\), got \(16, 3\)"),
+    "no unit": (_fit_full, X[:0], "no unit"),
+    "no feature": (_fit_full, X[:, :0], r"\(n, 2\), got \(16, 0\)"),
+    "integers": (_fit_full, CODES, r"continuous family.*int64.*astype\(float\)"),
+    "booleans": (_fit_full, CODES > 0, "continuous family.*bool"),
+    "complex numbers": (_fit_full, X + 0j, "complex128"),
+    "another precision": (_fit_full, X.astype(jnp.float32), r"float64.*float32.*astype\(float64\)"),
+    "a tuple": (_fit_full, (X,), "expects an array of units, got tuple"),
+    "integers for durations": (
+        lambda x: jaxem.fit(HEALTHY["exponential"][0], x),
+        CODES,
+        "continuous family",
+    ),
+    "integers for a sphere": (lambda x: jaxem.fit(HEALTHY["spherical"][0], x), CODES, "continuous"),
+    "floats for categories": (
+        lambda x: jaxem.fit(HEALTHY["categorical"][0], x),
+        X,
+        "integer codes",
+    ),
+    "float32 counts": (
+        lambda x: jaxem.fit(HEALTHY["poisson"][0], x),
+        COUNTS.astype(jnp.float32),
+        "convert them to integers or to float64",
+    ),
+    "too few parts": (lambda x: jaxem.fit(HEALTHY["independent"][0], x), (X, COUNTS), "tuple of 4"),
+    "an array for parts": (lambda x: jaxem.fit(HEALTHY["independent"][0], x), X, "tuple of 4"),
+    "parts of different length": (
+        lambda x: jaxem.fit(HEALTHY["independent"][0], x),
+        (X, COUNTS[:3], BITS, CODES),
+        "disagree on the number of units",
+    ),
+    "weights for other units": (lambda x: _fit_full(x, weights=ONES[:3]), X, r"shape \(16,\)"),
+    "a column of weights": (lambda x: _fit_full(x, weights=ONES[:, None]), X, r"got \(16, 1\)"),
+    "integer weights": (lambda x: _fit_full(x, weights=ONES.astype(int)), X, "floating, got int64"),
+    "a list of weights": (lambda x: _fit_full(x, weights=[1.0] * N), X, "got list"),
+    "a negative tol": (lambda x: _fit_full(x, tol=-1.0), X, "tol must"),
+    "a NaN tol": (lambda x: _fit_full(x, tol=float("nan")), X, "tol must"),
+    "a tol for each unit": (lambda x: _fit_full(x, tol=ONES), X, "tol must"),
+    "a tol in words": (lambda x: _fit_full(x, tol="small"), X, "tol must"),
+    "a negative min_variance": (lambda x: _fit_full(x, min_variance=-1.0), X, "min_variance must"),
+    "a NaN min_variance": (
+        lambda x: _fit_full(x, min_variance=float("nan")),
+        X,
+        "min_variance must",
+    ),
+    "negative max_steps": (lambda x: _fit_full(x, max_steps=-1), X, "max_steps"),
+    "fractional max_steps": (lambda x: _fit_full(x, max_steps=2.5), X, "max_steps"),
+    "max_steps True": (lambda x: _fit_full(x, max_steps=True), X, "max_steps"),
+    "an algorithm in words": (lambda x: _fit_full(x, "EM"), X, "algorithm"),
+    "an algorithm's class": (lambda x: _fit_full(x, EM), X, "algorithm"),
+    "an expectation as algorithm": (lambda x: _fit_full(x, Hard()), X, r"EM\(Hard\(\)\)"),
+    "an expectation's class": (lambda x: _fit_full(x, EM(Hard)), X, "expectation"),
+    "no adjoint": (lambda x: _fit_full(x, adjoint=None), X, "adjoint"),
+    "progress every 0 steps": (lambda x: _fit_full(x, progress=0), X, "1 or more"),
+    "a model's class": (lambda x: jaxem.fit(Mixture, x), X, "from_functions"),
+    "an emission": (lambda x: jaxem.fit(FULL.components, x), X, "jaxem.Mixture, got Gaussian"),
+    "a batch of models": (
+        lambda x: jaxem.fit(_stack(FULL, FULL, FULL), x),
+        X,
+        "jax.vmap|fit_restarts",
+    ),
+    "a prior of more components": (lambda x: _fit_full(x, prior=_gaussians(3).prior()), X, "prior"),
+    "a prior of one component": (lambda x: _fit_full(x, prior=_gaussians(1).prior()), X, "prior"),
+    "a prior in another dimension": (
+        lambda x: _fit_full(x, prior=_gaussians(2, 3).prior()),
+        X,
+        "prior",
+    ),
+    "a prior of another family": (
+        lambda x: _fit_full(x, prior=HEALTHY["tied"][0].prior()),
+        X,
+        "prior does not belong",
+    ),
+    "a prior of the components": (
+        lambda x: _fit_full(x, prior=FULL.components.prior()),
+        X,
+        r"model.prior\(components=",
+    ),
+    "a prior that is none": (lambda x: _fit_full(x, prior=1.0), X, r"model.prior\(…\), got float"),
+    "hard functions": (
+        lambda x: jaxem.fit(HEALTHY["functions"][0], x, EM(Hard()), weights=ONES),
+        X,
+        "Exact",
+    ),
+    "an M-step of another structure": (_fit_functions(_e_step, lambda s: s), X, "structure"),
+    "an M-step of another shape": (_fit_functions(_e_step, lambda s: jnp.ones(3)), X, "shape"),
+    "an objective for each unit": (
+        _fit_functions(lambda p, x, w: (_e_step(p, x, w)[0], w), _m_step),
+        X,
+        "scalar",
+    ),
+    "an E-step without objective": (
+        _fit_functions(lambda p, x, w: jnp.sum(w), _m_step),
+        X,
+        "statistics and the log-likelihood",
+    ),
+    "a start for integers": (_init(jaxem.Gaussian), CODES, "continuous family"),
+    "a start for integer spheres": (_init(jaxem.SphericalGaussian), CODES, "continuous family"),
+    "a start on one axis": (_init(jaxem.Gaussian), X[:, 0], r"x\[:, None\]"),
+    "a start for counts on one axis": (_init(jaxem.Poisson), COUNTS[:, 0], r"x\[:, None\]"),
+    "a start without units": (_init(jaxem.Gaussian), X[:0], "no unit"),
+    "more components than units": (_init(jaxem.Gaussian, 17), X, "17 components.*16 units"),
+    "no component": (_init(jaxem.Gaussian, 0), X, "0 components"),
+    "half a component": (_init(jaxem.Gaussian, 1.5), X, "components"),
+    "a family in words": (_init("Gaussian"), X, "family"),
+    "a family without its parts": (_init(jaxem.Independent), (X, COUNTS), "families"),
+    "another method": (
+        lambda x: Mixture.init(KEY, x, 2, jaxem.Gaussian, method="kmeans"),
+        X,
+        "k-means",
+    ),
+    "too few responsibilities": (
+        lambda x: Mixture.from_responsibilities(x, jnp.ones((3, 2)), jaxem.Gaussian),
+        X,
+        r"expected \(16, k\)",
+    ),
+    "k-means of more clusters than units": (lambda x: jaxem.kmeans(KEY, x, 17), X, "17 components"),
+    "k-means of integers": (lambda x: jaxem.kmeans(KEY, x, 2), CODES, "continuous family"),
+    "k-means on one axis": (lambda x: jaxem.kmeans(KEY, x, 2), X[:, 0], r"x\[:, None\]"),
+    "k-means of nothing": (lambda x: jaxem.kmeans(KEY, x, 2), X[:0], "no unit"),
+    "k-means from no start": (
+        lambda x: jaxem.kmeans(KEY, x, 2, num_restarts=0),
+        X,
+        "num_restarts",
+    ),
+    "restarts of a single model": (lambda x: jaxem.fit_restarts(FULL, x), X, "jax.vmap over init"),
+    "more polished lanes than lanes": (
+        lambda x: jaxem.fit_restarts(_stack(FULL, FULL), x, short_steps=2, num_polished=3),
+        X,
+        "num_polished",
+    ),
+    "the best of one": (lambda x: jaxem.best(_fit_full(x)), X, "one leading axis"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name):
+    run, data, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        run(data)
+    with pytest.raises(ValueError, match=message):
+        eqx.filter_jit(run)(data)
+    with pytest.raises(ValueError, match=message):
+        jax.vmap(run)(_stack(data, data))
+
+
+TWO = jaxem.TiedGaussian(MEANS, jnp.eye(2))
+# Values that are known when the constructor, `freeze` or `prior` is called.
+CONSTRUCTORS = {
+    "weights that sum to 1.1": (lambda: Mixture([0.5, 0.6], TWO), "sum to 1"),
+    "a negative weight": (lambda: Mixture([-0.5, 1.5], TWO), "non-negative"),
+    "a third weight": (lambda: Mixture([0.2, 0.3, 0.5], TWO), r"shape \(3,\); expected \(2,\)"),
+    "a flat mean": (lambda: jaxem.Gaussian([0.0, 1.0], EYES), "mean has shape"),
+    "a tied covariance": (lambda: jaxem.Gaussian(MEANS, jnp.eye(2)), "covariance has shape"),
+    "an indefinite covariance": (
+        lambda: jaxem.TiedGaussian(MEANS, [[1.0, 2.0], [2.0, 1.0]]),
+        "positive definite",
+    ),
+    "an asymmetric covariance": (
+        lambda: jaxem.TiedGaussian(MEANS, [[1.0, 0.5], [-0.5, 1.0]]),
+        "symmetric",
+    ),
+    "a zero covariance": (lambda: jaxem.TiedGaussian([[0.0]], [[0.0]]), "positive definite"),
+    "an infinite covariance": (
+        lambda: jaxem.TiedGaussian([[0.0]], [[jnp.inf]]),
+        "positive definite|finite",
+    ),
+    "a zero variance": (lambda: jaxem.DiagonalGaussian(MEANS, [0.0, 1.0]), "positive"),
+    "three variances": (lambda: jaxem.SphericalGaussian(MEANS, [1.0] * 3), "shape"),
+    "a probability of 1.5": (lambda: jaxem.Bernoulli([[1.5]]), r"\[0, 1\]"),
+    "a NaN probability": (lambda: jaxem.Bernoulli([[jnp.nan]]), r"\[0, 1\]"),
+    "a category too likely": (lambda: jaxem.Categorical([[[0.5, 0.6]]]), "sum to 1"),
+    "categories of one axis": (lambda: jaxem.Multinomial([0.5, 0.5]), "shape"),
+    "a negative rate": (lambda: jaxem.Poisson([[-1.0]]), "rate"),
+    "an infinite rate": (lambda: jaxem.Poisson([[jnp.inf]]), "rate"),
+    "a zero rate": (lambda: jaxem.Exponential([[0.0]]), "positive"),
+    "no part": (lambda: jaxem.Independent(()), "number of components"),
+    "uneven parts": (
+        lambda: jaxem.Independent((TWO, jaxem.Poisson([[1.0]]))),
+        "number of components",
+    ),
+    "freezing an unknown name": (lambda: jaxem.freeze(FULL, "components.scale"), "covariance"),
+    "freezing into nowhere": (lambda: jaxem.freeze(FULL, "emission.mean"), "no 'emission'"),
+    "freezing a module": (lambda: jaxem.freeze(FULL, "components"), "natural parameter"),
+    "a mask too short": (lambda: jaxem.freeze(FULL, "weights", mask=[True]), "1 entries"),
+    "a mask on what is shared": (
+        lambda: jaxem.freeze(HEALTHY["tied"][0], "components.covariance", mask=[True, False]),
+        "takes no mask",
+    ),
+    "a concentration of a half": (lambda: FULL.prior(weights=0.5), "negative"),
+    "three concentrations": (lambda: FULL.prior(weights=jnp.ones(3)), "broadcasts"),
+    "a prior count below 0": (lambda: TWO.prior(mean_count=-1.0), "mean_count"),
+    "a prior covariance below 0": (lambda: TWO.prior(covariance=-jnp.eye(2)), "definite"),
+    "a prior variance below 0": (
+        lambda: HEALTHY["spherical"][0].components.prior(variance=-1.0),
+        "positive",
+    ),
+    "a prior mean of NaN": (lambda: TWO.prior(mean=jnp.nan, mean_count=1.0), "mean"),
+    "a Dirichlet below 1": (lambda: INDEPENDENT.parts[3].prior(0.0), "concentration"),
+    "a beta below 1": (lambda: INDEPENDENT.parts[2].prior(0.5), "alpha"),
+    "a gamma below 1": (lambda: INDEPENDENT.parts[1].prior(0.5), "shape"),
+    "a negative gamma rate": (lambda: INDEPENDENT.parts[1].prior(2.0, -1.0), "rate"),
+    "a prior for a fifth part": (
+        lambda: INDEPENDENT.prior(None, None, None, None, None),
+        "5 priors",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONSTRUCTORS)
+def test_constructors_refuse(name):
+    call, message = CONSTRUCTORS[name]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("change", "advice"),
+    [
+        (lambda x, w: (x.at[0, 0].set(jnp.nan), w), "data hold a NaN.*weight 0, or remove"),
+        (lambda x, w: (x, -w), "weights hold a NaN, an infinity or a negative number"),
+        (lambda x, w: (1e200 * x, w), "rescale the data or use float64"),
+    ],
+)
+def test_worthless_answers_raise_with_advice(change, advice):
+    x, weights = change(X, ONES)
+    with pytest.raises(eqx.EquinoxRuntimeError, match=advice):
+        jaxem.fit(FULL, x, weights=weights)
+
+
+def test_what_is_worth_something_does_not_raise():
+    for case in ("full: all points equal", "functions: an M-step that lowers the objective"):
+        model, data, weights, expected, _ = VALUES[case]
+        assert result_name(jaxem.fit(model, data, weights=weights).result) == expected
+    assert result_name(jaxem.fit(FULL, X, max_steps=1, weights=ONES).result) == "max_steps_reached"
+
+
+def test_best_of_lanes_that_failed():
+    lanes = _lanes(_stack((FULL, X, ONES), (FULL, X, 0 * ONES), (FULL, X * jnp.nan, ONES)), {})
+    chosen = jaxem.best(lanes)
+    assert result_name(chosen.result) == "converged"
+    worst = jaxem.best(jax.tree.map(lambda leaf: leaf[1:], lanes))
+    assert result_name(worst.result) == "invalid_weights"
+    assert _finite(worst.model)
+
+
+def test_best_sets_degenerate_lanes_aside():
+    spike = Mixture(HALF, jaxem.Gaussian(jnp.stack([X[0], MEANS[1]]), EYES.at[0].multiply(1e-4)))
+    lanes = _lanes(_stack((FULL, X, ONES), (spike, X, ONES)), {})
+    assert bool(lanes.result[1] == RESULTS.degenerate)
+    assert float(lanes.objective[1]) > float(lanes.objective[0])
+    chosen = jaxem.best(lanes)
+    assert result_name(chosen.result) == "converged"
+    assert int(chosen.set_aside) == 1
+
+
+@pytest.mark.parametrize("short_steps", [None, 2])
+def test_restarts_keep_their_lanes_apart(short_steps):
+    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, FULL)
+    runs = jaxem.fit_restarts(
+        _stack(broken, FULL), X, weights=ONES, short_steps=short_steps, num_polished=2
+    )
+    alone, _ = _compiled((FULL, X, ONES), {})
+    assert int(jnp.sum(runs.result == RESULTS.nonfinite)) == 1
+    chosen = jaxem.best(runs)
+    assert result_name(chosen.result) == "converged"
+    np.testing.assert_allclose(chosen.objective, alone.objective, rtol=1e-9)
+
+
+KMEANS = {
+    "healthy": (X, 2, ONES, "converged"),
+    "a NaN": (X.at[0, 0].set(jnp.nan), 2, ONES, "invalid_data"),
+    "a NaN of weight 0": (X.at[0, 0].set(jnp.nan), 2, ONES.at[0].set(0), "converged"),
+    "no weight": (X, 2, 0 * ONES, "invalid_weights"),
+    "a cluster for each unit": (X, N, ONES, "converged"),
+    "all points equal": (jnp.ones((N, 2)), 2, ONES, "degenerate"),
+    "three points for five clusters": (jnp.repeat(X[:4], 4, 0), 5, ONES, "degenerate"),
+    "1e30": (1e30 * X, 2, ONES, "converged"),
+    "1e-30": (1e-30 * X, 2, ONES, "converged"),
+    "1e30 in float32": ((1e30 * X).astype("float32"), 2, ONES.astype("float32"), "nonfinite"),
+    "squares that overflow": (1e200 * X, 2, ONES, "nonfinite"),
+}
+
+
+@pytest.mark.parametrize("name", KMEANS)
+def test_kmeans(name):
+    x, k, weights, expected = KMEANS[name]
+    clusters = jaxem.kmeans(KEY, x, k, weights=weights, num_restarts=2)
+    assert result_name(clusters.solution.result) == expected
+    if expected in ("converged", "degenerate"):
+        assert _finite((clusters.centroids, clusters.inertia, clusters.solution.objective))
+    assert bool(jnp.any(clusters.empty)) == (expected == "degenerate") or "invalid" in expected
