@@ -222,7 +222,7 @@ def _fit(
 
         rounding = jnp.finfo(gain.dtype).eps * (jnp.abs(old.objective) + total)
         finite = jnp.isfinite(new.objective) & jnp.isfinite(change)
-        fell = jnp.asarray(algorithm.ascends) & (gain < -100 * rounding)
+        fell = jnp.asarray(algorithm.ascends) & (gain < -300 * rounding)
         still = change <= jnp.maximum(tol, resolution)
         settled = (tol > 0) & still & (jnp.abs(gain) <= jnp.maximum(tol * total, 10 * rounding))
         failed = ~finite | fell

@@ -11,8 +11,13 @@ from jaxtyping import Array, ArrayLike, Float
 from jaxem._checks import check_values
 
 # Expanded quadratics, ‖Wξ‖² − 2 b·Wξ + ‖b‖², cancel: rounding leaves about eps·‖b‖² in each. They
-# are used while eps·d·max‖b‖² is below this.
-EXPANSION_LIMIT = 1e-2
+# are used while d·max‖b‖² is below this, so that at most four digits go.
+EXPANSION_LIMIT = 1e4
+
+
+def expansion_is_safe(offset: Float[Array, "k d"]) -> Array:
+    """Whether the expanded quadratic form keeps its digits at these offsets b."""
+    return offset.shape[1] * jnp.max(jnp.sum(offset**2, axis=1)) < EXPANSION_LIMIT
 
 
 def as_float(value: ArrayLike) -> Array:

@@ -32,10 +32,10 @@ from jaxem._hold import Held, replace
 from jaxem._statistics import Framed
 from jaxem._units import weighted_mean, weighted_second_moments
 from jaxem.emissions._common import (
-    EXPANSION_LIMIT,
     as_float,
     centroid,
     divide,
+    expansion_is_safe,
     filled,
     pseudo_count,
     vanishing,
@@ -268,9 +268,7 @@ class _ScaledGaussian(AbstractEmission):
 
     def shortcut(self) -> tuple[Bool[Array, ""], Self]:
         _, _, offset, _ = self._whitening()
-        size = jnp.max(jnp.sum(offset**2, axis=1)) * offset.shape[1]
-        safe = size * jnp.finfo(offset.dtype).eps < EXPANSION_LIMIT
-        return safe, replace(self, expanded=True)
+        return expansion_is_safe(offset), replace(self, expanded=True)
 
 
 class DiagonalGaussian(_ScaledGaussian):

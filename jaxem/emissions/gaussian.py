@@ -31,10 +31,10 @@ from jaxem._hold import Held, replace
 from jaxem._statistics import Framed
 from jaxem._units import weighted_mean, weighted_second_moments
 from jaxem.emissions._common import (
-    EXPANSION_LIMIT,
     as_float,
     centroid,
     divide,
+    expansion_is_safe,
     filled,
     pseudo_count,
     vanishing,
@@ -314,9 +314,7 @@ class TiedGaussian(_FullGaussian):
 
     def shortcut(self) -> tuple[Bool[Array, ""], Self]:
         _, offset, _ = self.coordinates()
-        size = jnp.max(jnp.sum(offset**2, axis=1)) * offset.shape[1]
-        safe = size * jnp.finfo(offset.dtype).eps < EXPANSION_LIMIT
-        return safe, replace(self, expanded=True)
+        return expansion_is_safe(offset), replace(self, expanded=True)
 
 
 def _symmetric(a: Array) -> Array:

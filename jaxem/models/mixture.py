@@ -276,9 +276,23 @@ class Mixture(AbstractModel):
         responsibilities = jnp.asarray(responsibilities)
         check_shape("responsibilities", responsibilities, (num_units(data), "k"))
         k = responsibilities.shape[1]
-        start = cls._uniform(_init.pooled(data, k, family, weights))
-        sums, _ = start._sums(data, weights, Exact(), None, given=responsibilities)
-        return start.m_step(Framed(sums, start))
+        pooled = cls._uniform(_init.pooled(data, k, family, weights))
+        # About the pooled mean and scale, the moments of tight clusters cancel: move the means
+        # first, then the scales, then both about components that are in place.
+        moved = pooled._m_step_from(data, weights, responsibilities)
+        model = jax.tree_util.tree_map_with_path(
+            lambda path, new, old: new if getattr(path[-1], "name", "") == "mean" else old,
+            moved,
+            pooled,
+        )
+        for _ in range(2):
+            model = model._m_step_from(data, weights, responsibilities)
+        return model
+
+    @eqx.filter_jit  # so that an eager call compiles once
+    def _m_step_from(self, data: Any, weights: Any, responsibilities: Any) -> Self:
+        sums, _ = self._sums(data, weights, Exact(), None, given=responsibilities)
+        return self.m_step(Framed(sums, self))
 
     @classmethod
     def _uniform(cls, components: AbstractEmission) -> Self:
