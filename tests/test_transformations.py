@@ -197,7 +197,8 @@ def test_forward_derivatives_through_the_fit(of):
 
 def test_derivatives_of_a_converged_fit_and_the_error_in_reverse_mode():
     def mean(shift):
-        solution = jaxem.fit(gaussians(), P + shift, tol=1e-13, throw=False)
+        adjoint = jaxem.Forward()
+        solution = jaxem.fit(gaussians(), P + shift, tol=1e-13, adjoint=adjoint, throw=False)
         return solution.model.components.mean
 
     tangent = jax.jvp(mean, (jnp.zeros(2),), (jnp.array([1.0, 0.0]),))[1]
