@@ -268,7 +268,9 @@ class _ScaledGaussian(AbstractEmission):
 
     def shortcut(self) -> tuple[Bool[Array, ""], Self]:
         _, _, offset, _ = self._whitening()
-        return expansion_is_safe(offset), replace(self, expanded=True)
+        # ξ² itself must fit: no scale beyond the fourth root of what the dtype holds
+        fits = jnp.max(jnp.abs(self.log_scale)) < -0.5 * vanishing(self.mean)
+        return fits & expansion_is_safe(offset), replace(self, expanded=True)
 
 
 class DiagonalGaussian(_ScaledGaussian):
