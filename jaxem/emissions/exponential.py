@@ -83,8 +83,8 @@ class Exponential(AbstractEmission):
     def maximize(self, sums: DurationTotals) -> Self:
         growth = la.floored_log(sums.units) - la.floored_log(sums.total)
         log_rate = self.log_rate + jnp.where(sums.units > 0, growth, 0)
-        # Durations that are all 0 have no finite rate: stop where its square still fits.
-        log_rate = jnp.minimum(log_rate, -vanishing(log_rate))
+        # Durations that are all 0 have no finite rate: stop at the largest that fits.
+        log_rate = jnp.minimum(log_rate, -2 * vanishing(log_rate))
         return self.update(log_rate=log_rate)
 
     def expected_log_prob(self, sums: DurationTotals) -> Float[Array, ""]:
@@ -104,20 +104,20 @@ class Exponential(AbstractEmission):
         return jax.random.exponential(key, (z.shape[0], d), self.log_rate.dtype) / self.rate[z]
 
     def degenerate(self, sums: DurationTotals, min_variance: Any) -> Bool[Array, " k"]:
-        endless = jnp.max(self.log_rate, axis=1) >= -vanishing(self.log_rate)
+        endless = jnp.max(self.log_rate, axis=1) >= -2 * vanishing(self.log_rate)
         return (jnp.max(sums.units, axis=1) < 1) | (endless & self.free("rate"))
 
     @classmethod
     def pooled(cls, x, num_components, weights):
         check_continuous(x, num_features(x), x.dtype, cls.__name__)
         mean = weighted_mean(x, weights)
-        log_rate = jnp.minimum(-la.floored_log(mean), -vanishing(mean))
+        log_rate = jnp.minimum(-la.floored_log(mean), -2 * vanishing(mean))
         shape = (num_components, x.shape[1])
         return replace(object.__new__(cls), log_rate=jnp.broadcast_to(log_rate, shape), held=())
 
     def located_at(self, x: Float[Array, "k d"], spread: Any) -> Self:
         mean = 0.5 * x + 0.5 / self.rate[0]
-        return replace(self, log_rate=jnp.minimum(-la.floored_log(mean), -vanishing(mean)))
+        return replace(self, log_rate=jnp.minimum(-la.floored_log(mean), -2 * vanishing(mean)))
 
     def shortcut(self) -> None:
         return None
