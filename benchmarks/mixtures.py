@@ -1,9 +1,9 @@
 """Mixtures side by side with their peers: `python -m benchmarks.mixtures [section …]`.
 
 Sections: covariances, restarts, kmeans, memory, startup (default: all). Every contender gets the
-same data, dtype, start and number of iterations in the same process; runs are interleaved and
-medians and median ratios quoted; the first call (with compilation) is timed apart. scikit-learn
-gets whichever number of BLAS threads is faster here. Results are appended to
+same data, dtype, start and number of iterations in the same process; runs are interleaved, each
+right after an untimed one, and medians and median ratios quoted; the first call (with compilation)
+is timed apart. scikit-learn gets whichever number of BLAS threads is faster here. Results are appended to
 benchmarks/results/mixtures.jsonl.
 """
 
@@ -48,6 +48,7 @@ def interleave(contenders: dict[str, Callable[[], Any]], runs: int = RUNS) -> di
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(runs):
         for name, run in contenders.items():
+            run()  # untimed: caches warm, and the threads of whoever ran before at rest
             times[name].append(seconds(run))
     ours = next(iter(times))
     ratios = {
@@ -349,9 +350,11 @@ def min_squares(x: np.ndarray, centres: np.ndarray) -> float:
 # Memory and start-up, each in a process of its own
 
 MEMORY = """
-import resource, sys, numpy as np, jax, jax.numpy as jnp, jaxem
+import numpy as np, jax, jax.numpy as jnp, jaxem
 n, d, k = 2_000_000, 16, 64
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak():  # of this program alone: getrusage would remember the process it was forked from
+    with open("/proc/self/status") as file:
+        return int(file.read().split("VmHWM:")[1].split()[0]) / 1024
 rng = np.random.default_rng(0)
 x = np.empty((n, d), np.float32)
 for rows in np.array_split(np.arange(n), 40):

@@ -63,11 +63,15 @@ class Forward(AbstractAdjoint):
     """Derivatives in forward mode, through every step of the loop.
 
     `jax.jvp` and `jax.jacfwd` of a fit work, at the cost of one tangent for each step; `jax.grad`
-    raises JAX's error that a while-loop has no reverse mode. The start has a derivative too.
+    and `jax.vjp` raise `RuntimeError`. The start has a derivative too.
     """
 
     def __call__(self, loop: Loop, inputs: PyTree[Array]) -> Any:
-        return loop.run(inputs)
+        return eqxi.nondifferentiable_backward(
+            loop.run(inputs),
+            msg="jaxem.Forward() differentiates a fit in forward mode only (jax.jvp, jax.jacfwd); "
+            "for jax.grad use adjoint=jaxem.Implicit() or jaxem.Unrolled().",
+        )
 
 
 class Unrolled(AbstractAdjoint):
@@ -126,60 +130,108 @@ class Implicit(AbstractAdjoint):
     start is zero: `Unrolled` is for that. Of a fit that did not converge it is the derivative of
     nothing in particular: `Solution.error` says how far off the fixed point it is taken.
 
-    **Arguments:** `linear_solver`, any of lineax's that needs only products with I − ∂F/∂s (and
-    its transpose in reverse mode); default GMRES to 1e-10 relative (1e-5 in float32).
+    **Arguments:**
+
+    - `linear_solver`: any of lineax's that needs only products with I − ∂F/∂s (and its transpose
+      in reverse mode). Default: GMRES to 1e-10 relative (3e-5 in float32). `jaxem.Neumann()` is the
+      series Σ (∂F/∂s)ᵏ; `lineax.LU()` builds the matrix, for few statistics.
+    - `throw`: raise where the linear solve fails, at a fixed point that is none or not isolated;
+      else the derivative is as inexact as the solve. Under vmap it raises if any lane's fails.
+
+    **Raises:** `ValueError` for a stochastic algorithm or one that does not use all the data.
     """
 
     linear_solver: lx.AbstractLinearSolver | None = None
+    throw: bool = eqx.field(static=True, default=True)
 
     def __call__(self, loop: Loop, inputs: PyTree[Array]) -> Any:
         @eqx.filter_custom_jvp
-        def solve(inputs: Any) -> Any:
+        def fixed_point(inputs: Any) -> Any:
             return loop.run(inputs)
 
-        @solve.def_jvp
+        @fixed_point.def_jvp
         def _(primals: Any, tangents: Any) -> Any:
             (inputs,), (inputs_dot,) = primals, tangents
-            final = solve(inputs)
-            return final, _tangent(loop, self._solver, final, inputs, inputs_dot)
+            final = fixed_point(inputs)
+            return final, self._tangent(loop, final, inputs, inputs_dot)
 
-        return solve(inputs)
+        return fixed_point(inputs)
 
-    def _solver(self, dtype: Any) -> lx.AbstractLinearSolver:
-        if self.linear_solver is not None:
-            return self.linear_solver
-        tol = float(jnp.finfo(dtype).eps) ** 0.65
-        return lx.GMRES(rtol=tol, atol=tol, restart=40, stagnation_iters=40)
-
-
-def _tangent(loop: Loop, solver: Any, final: Any, inputs: Any, inputs_dot: Any) -> Any:
-    if not loop.exact:
-        raise ValueError(
-            "Implicit needs a deterministic algorithm over all the data, whose fixed point is one "
-            "of the EM map; differentiate this one by adjoint=jaxem.Unrolled()."
+    def _tangent(self, loop: Loop, final: Any, inputs: Any, inputs_dot: Any) -> Any:
+        if not loop.exact:
+            raise ValueError(
+                "Implicit needs a deterministic algorithm over all the data, whose fixed point is "
+                "one of the EM map; differentiate this one by adjoint=jaxem.Unrolled()."
+            )
+        flat, step, em_map = fixed_point_equation(
+            lambda state, inputs: loop.step(_at_rest(state, inputs), inputs), final.state
         )
-    rest = _still(final.state)
-    frame = rest.model
-    flat, unravel = ravel_pytree(final.state.statistics.at(frame).sums)
+        _, direct = eqx.filter_jvp(lambda u: em_map(flat, u), (inputs,), (inputs_dot,))
+        if direct is None:  # nothing but the start moves
+            return jax.tree.map(_no_tangent, final)
+        _, push = jax.linearize(lambda s: em_map(s, inputs), flat)
+        flat_dot = self._solve(lambda v: v - push(v), direct)
+        _, state_dot = eqx.filter_jvp(step, (flat, inputs), (flat_dot, inputs_dot))
+        zeros = jax.tree.map(_no_tangent, final)
+        return eqx.tree_at(
+            lambda carry: carry.state, zeros, state_dot, is_leaf=lambda leaf: leaf is None
+        )
 
-    def step(flat: Array, inputs: Any) -> State:
+    def _solve(self, product: Callable[[Array], Array], right: Array) -> Array:
+        solver = self.linear_solver
+        if solver is None:
+            tol = float(jnp.finfo(right.dtype).eps) ** 0.65
+            solver = lx.GMRES(rtol=tol, atol=tol, restart=40, stagnation_iters=40)
+
+        def solve(product: Callable[[Array], Array], right: Array) -> Array:
+            shape = jax.ShapeDtypeStruct(right.shape, right.dtype)
+            operator = lx.FunctionLinearOperator(product, shape)
+            solution = lx.linear_solve(operator, right, solver, throw=False).value
+            return _check_solve(product, right, solution) if self.throw else solution
+
+        return lax.custom_linear_solve(product, right, solve, transpose_solve=solve)
+
+
+def fixed_point_equation(
+    step: Callable[[State, PyTree[Array]], State], at: State
+) -> tuple[Array, Callable[[Array, Any], State], Callable[[Array, Any], Array]]:
+    """The equation s = F(s, u) that a fixed point of EM solves, as functions of flat vectors.
+
+    Returns the statistics s at a state, the whole state after one step from s with inputs u, and F
+    itself, all in the frame of that state.
+    """
+    rest = _still(at)
+    frame = rest.model
+    flat, unravel = ravel_pytree(rest.statistics.sums)
+
+    def state(flat: Array, inputs: Any) -> State:
         there = eqx.tree_at(lambda s: s.statistics, rest, Framed(unravel(flat), frame))
-        return loop.step(_at_rest(there, inputs), inputs)
+        return step(there, inputs)
 
     def em_map(flat: Array, inputs: Any) -> Array:
-        return ravel_pytree(step(flat, inputs).statistics.at(frame).sums)[0]
+        return ravel_pytree(state(flat, inputs).statistics.at(frame).sums)[0]
 
-    _, direct = eqx.filter_jvp(lambda u: em_map(flat, u), (inputs,), (inputs_dot,))
-    if direct is None:  # nothing but the start moves
-        return jax.tree.map(_no_tangent, final)
-    _, push = jax.linearize(lambda s: em_map(s, inputs), flat)
-    operator = lx.FunctionLinearOperator(lambda v: v - push(v), jax.eval_shape(lambda: flat))
-    flat_dot = lx.linear_solve(operator, direct, solver(flat.dtype), throw=False).value
-    _, state_dot = eqx.filter_jvp(step, (flat, inputs), (flat_dot, inputs_dot))
-    zeros = jax.tree.map(_no_tangent, final)
-    return eqx.tree_at(
-        lambda carry: carry.state, zeros, state_dot, is_leaf=lambda leaf: leaf is None
-    )
+    return flat, state, em_map
+
+
+# Relative residuals at which a linear solve has failed; the messages name the decade.
+_FAILED = {jnp.dtype("float64"): 1e-6, jnp.dtype("float32"): 1e-2}
+_DECADES = 7
+
+
+def _check_solve(product: Callable[[Array], Array], right: Array, solution: Array) -> Array:
+    size = jnp.linalg.norm(right)
+    left = jnp.linalg.norm(right - product(solution)) / jnp.where(size > 0, size, 1)
+    failed = left > _FAILED.get(right.dtype, 1e-2)
+    decade = jnp.clip(-jnp.floor(jnp.log10(left)), 0, _DECADES).astype(jnp.int32)
+    messages = [
+        "The linear solve of the implicit derivative stopped at a relative residual of about "
+        f"1e-{i}. Likely the fit is not at an isolated maximum (not converged, degenerate, or "
+        "components that are all alike); else give Implicit another linear_solver. With "
+        "Implicit(throw=False) the inexact derivative is returned."
+        for i in range(_DECADES + 1)
+    ]
+    return eqxi.branched_error_if(solution, failed, decade, messages)
 
 
 def _at_rest(state: State, inputs: Any) -> State:

@@ -90,6 +90,19 @@ def check_values(ok: ArrayLike, message: str) -> None:
         raise ValueError(message)
 
 
+def check_nonnegative(name: str, value: Any) -> None:
+    """Raises unless `value` is one number, and not negative where that is known."""
+    number = isinstance(value, int | float) or (
+        hasattr(value, "shape") and value.shape == () and not jnp.issubdtype(value.dtype, complex)
+    )
+    if not number:
+        shape = getattr(value, "shape", None)
+        got = repr(value) if shape is None else f"an array of shape {shape}"
+        raise ValueError(f"{name} must be one number, not negative; got {got}.")
+    if not isinstance(value, Tracer) and not value >= 0:
+        raise ValueError(f"{name} must not be negative, got {value}.")
+
+
 def concrete(value: Any) -> np.ndarray | None:
     """The value as a NumPy array, or None for a tracer."""
     return None if isinstance(value, Tracer) else np.asarray(value)

@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jaxem._checks import check_weights
-from jaxem._solution import Solution
-from jaxem._units import as_arrays, num_units
+from jaxem._solution import checked
+from jaxem._units import num_units
 
 
 def aic(
@@ -40,18 +39,15 @@ def icl(
 
     Biernacki, Celeux & Govaert (2000), IEEE PAMI 22.
     """
-    model = fitted.model if isinstance(fitted, Solution) else fitted
-    least = bic(fitted, data, weights=weights)
-    return least + 2 * _entropy(model, as_arrays(data), as_arrays(weights))
+    model, data, weights = checked(fitted, data, weights)
+    return bic(model, data, weights=weights) + 2 * _entropy(model, data, weights)
 
 
 def _evaluate(fitted: Any, data: Any, weights: Any) -> tuple[Array, Any, Array]:
-    model = fitted.model if isinstance(fitted, Solution) else fitted
-    data, weights = as_arrays(data), as_arrays(weights)
-    n = num_units(data)
-    check_weights(weights, n)
+    model, data, weights = checked(fitted, data, weights)
     log_likelihood = _log_likelihood(model, data, weights)
-    total = jnp.asarray(n, log_likelihood.dtype) if weights is None else jnp.sum(weights)
+    count = jnp.asarray(num_units(data), log_likelihood.dtype)
+    total = count if weights is None else jnp.sum(weights)
     return log_likelihood, model, total
 
 

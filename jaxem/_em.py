@@ -169,6 +169,16 @@ class EM(AbstractAlgorithm):
     accumulation: AbstractAccumulation = Full()
     maximization: AbstractMaximization = ClosedForm()
 
+    def __check_init__(self):
+        for slot, kind, example in (
+            ("expectation", AbstractExpectation, "Exact()"),
+            ("accumulation", AbstractAccumulation, "Full()"),
+            ("maximization", AbstractMaximization, "ClosedForm()"),
+        ):
+            value = getattr(self, slot)
+            if not isinstance(value, kind):
+                raise ValueError(f"EM takes an {slot} such as {example}, got {value!r}.")
+
     @property
     def ascends(self) -> bool:
         slots = (self.expectation, self.accumulation, self.maximization)

@@ -95,7 +95,11 @@ class AbstractEmission(eqx.Module):
 
     @abc.abstractmethod
     def degenerate(self, sums: PyTree[Array], min_variance: Float[Array, ""]) -> Bool[Array, " k"]:
-        """Components that rest on too few units, or on hardly any variance."""
+        """Components that rest on too few units, or on hardly any variance.
+
+        Both are judged at the maximum that the sums ask for; where self is one already, that
+        is self.
+        """
 
     @classmethod
     @abc.abstractmethod

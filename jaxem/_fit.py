@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxem._adjoint import AbstractAdjoint, Implicit, Loop
-from jaxem._checks import check_weights, concrete
+from jaxem._checks import check_nonnegative, check_weights
 from jaxem._em import EM, AbstractAlgorithm, State
 from jaxem._emission import float_dtype
 from jaxem._model import AbstractModel
-from jaxem._posterior import Exact
+from jaxem._posterior import AbstractExpectation, Exact
 from jaxem._sharding import on_shards
 from jaxem._solution import RESULTS, Solution, is_any
 from jaxem._statistics import Framed, distance
@@ -101,7 +101,8 @@ def fit(
     `equinox.EquinoxRuntimeError` for the outcomes above.
     """
     data, weights = as_arrays(data), as_arrays(weights)
-    _check_arguments(model, data, weights, prior, tol, max_steps)
+    _check_model(model, data, weights, prior)
+    _check_settings(algorithm, tol, max_steps, min_variance, adjoint)
     dtype = float_dtype(model)
     weights = None if weights is None else weights.astype(dtype)
     tol = float(jnp.finfo(dtype).eps) ** (2 / 3) if tol is None else tol
@@ -122,9 +123,7 @@ def fit(
     return solution
 
 
-def _check_arguments(
-    model: Any, data: Any, weights: Any, prior: Any, tol: Any, max_steps: Any
-) -> None:
+def _check_model(model: Any, data: Any, weights: Any, prior: Any) -> None:
     if not isinstance(model, AbstractModel):
         raise ValueError(
             f"fit expects a model such as jaxem.Mixture, got {type(model).__name__}; "
@@ -132,23 +131,40 @@ def _check_arguments(
         )
     model.check(data)
     check_weights(weights, num_units(data))
-    if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 0:
-        raise ValueError(f"max_steps must be an integer ≥ 0, got {max_steps!r}.")
-    value = None if tol is None else concrete(tol)
-    if value is not None and not bool((value >= 0).all()):
-        raise ValueError(f"tol must not be negative, got {tol!r}.")
     if prior is not None and not isinstance(prior, Framed):
         raise ValueError(f"prior must come from model.prior(…), got {type(prior).__name__}.")
 
 
+def _check_settings(
+    algorithm: Any, tol: Any, max_steps: Any, min_variance: Any, adjoint: Any
+) -> None:
+    if not isinstance(algorithm, AbstractAlgorithm):
+        advice = "EM(Hard())" if isinstance(algorithm, AbstractExpectation) else "EM()"
+        raise ValueError(f"the algorithm must be one such as {advice}, got {algorithm!r}.")
+    if not isinstance(adjoint, AbstractAdjoint):
+        raise ValueError(f"the adjoint must be one such as Implicit(), got {adjoint!r}.")
+    if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 0:
+        raise ValueError(f"max_steps must be an integer ≥ 0, got {max_steps!r}.")
+    check_nonnegative("tol", tol if tol is not None else 0.0)
+    check_nonnegative("min_variance", min_variance)
+
+
 def _check_prior(own: Framed, prior: Framed) -> None:
     """At trace time alone: whether the prior's statistics are those of the model."""
-    expected, given = jax.tree.structure(own.sums), jax.tree.structure(prior.sums)
-    if expected != given or type(own.frame) is not type(prior.frame):
+    if _kind(own) != _kind(prior):
         raise ValueError(
-            f"prior does not belong to this model: its statistics are {given}, the model's "
-            f"{expected}. A prior of the components goes in as model.prior(components=…)."
+            "prior does not belong to this model: it was made by another family, or for other "
+            "numbers of components or features. It comes from this model's model.prior(…); a "
+            "prior of the components goes in as model.prior(components=…)."
         )
+
+
+def _kind(tree: Any) -> Any:
+    """The types in a tree and the shapes of its arrays; held or not makes no difference."""
+    if tree is None or hasattr(tree, "shape"):
+        return getattr(tree, "shape", None)
+    parts = jax.tree.leaves(tree, is_leaf=lambda node: node is not tree)
+    return type(tree), tuple(_kind(part) for part in parts)
 
 
 class _Inputs(NamedTuple):
@@ -258,7 +274,7 @@ def _fit(
     thin = jnp.any(held_still[0].degenerate(*held_still[1:]))
     valid = ~is_any(final.result, RESULTS.invalid_data, RESULTS.invalid_weights)
     result = RESULTS.where(model.representable() | ~valid | thin, final.result, RESULTS.nonfinite)
-    result = RESULTS.where(thin & valid & (result != RESULTS.decreased), RESULTS.degenerate, result)
+    result = RESULTS.where(thin & valid, RESULTS.degenerate, result)
     return Solution(
         model=model,
         objective=objective,

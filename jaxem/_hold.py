@@ -100,6 +100,11 @@ def natural_parameters(module: Any) -> dict[str, Any]:
     return named
 
 
+def estimates(model: Any) -> Any:
+    """What a fit estimates: natural parameters by name, or a model's own `params`."""
+    return natural_parameters(model) if hasattr(model, "natural") else model.params
+
+
 def freeze(model: _T, *names: str, mask: Sequence[bool] | np.ndarray | None = None) -> _T:
     """Hold natural parameters at their present values in every later M-step.
 

@@ -55,6 +55,8 @@ def seed(
 ) -> AbstractEmission:
     """Components located at `num_components` units, with the scale of what lies around them."""
     n = num_units(data)
+    if isinstance(num_components, bool) or not isinstance(num_components, int):
+        raise ValueError(f"the number of components must be an integer, got {num_components!r}.")
     if not 1 <= num_components <= n:
         raise ValueError(f"{num_components} components cannot start from {n} units.")
     if method not in ("k-means++", "random"):

@@ -66,6 +66,8 @@ def kmeans(
     """
     x, weights = as_arrays(x), as_arrays(weights)
     check_units(x, x.shape[1] if getattr(x, "ndim", 0) == 2 else 1, "kmeans")
+    if not isinstance(num_restarts, int) or num_restarts < 1:
+        raise ValueError(f"num_restarts must be an integer ≥ 1, got {num_restarts!r}.")
     family = functools.partial(SphericalGaussian, tied=True)
 
     def start(start_key: Array) -> Mixture:

@@ -88,7 +88,18 @@ class FunctionModel(AbstractModel):
                 "cannot change it. Use EM() with Exact()."
             )
         args = (data,) if weights is None else (substitute(data, weights != 0), weights)
-        sums, log_likelihood = self.e_function(self.params, *args)
+        returned = self.e_function(self.params, *args)
+        if not isinstance(returned, tuple) or len(returned) != 2:
+            raise ValueError(
+                "e_step must return a pair, statistics and the log-likelihood; got "
+                f"{type(returned).__name__}."
+            )
+        sums, log_likelihood = returned
+        if jnp.shape(log_likelihood) != ():
+            raise ValueError(
+                "e_step must return the log-likelihood as a scalar, summed over the units; got "
+                f"shape {jnp.shape(log_likelihood)}."
+            )
         return Framed(sums, self), jnp.asarray(log_likelihood)
 
     def m_step(self, statistics: Framed) -> Self:
@@ -97,6 +108,12 @@ class FunctionModel(AbstractModel):
             raise ValueError(
                 "m_step must return parameters of the structure it started from: got "
                 f"{jax.tree.structure(params)}, expected {jax.tree.structure(self.params)}."
+            )
+        shapes, expected = (jax.tree.map(jnp.shape, tree) for tree in (params, self.params))
+        if shapes != expected:
+            raise ValueError(
+                f"m_step must return parameters of the shapes it started from: got {shapes}, "
+                f"expected {expected}."
             )
         cast = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), params, self.params)
         return replace(self, params=cast)

@@ -79,9 +79,7 @@ class Hard(AbstractPosterior):
         return model.e_step(data, weights, posterior=self, key=key)
 
     def marginalize(self, log_joint, key=None):
-        # Two plain reductions: an argmax is one over pairs, which does not vectorise.
         log_joint = log_joint.T
-        components = jnp.arange(log_joint.shape[0], dtype=jnp.int32)[:, None]
-        top = jnp.max(log_joint, axis=0)
-        first = jnp.min(jnp.where(log_joint == top, components, len(log_joint)), axis=0)
-        return top, (components == first).astype(log_joint.dtype).T
+        first = jnp.argmax(log_joint, axis=0)
+        components = jnp.arange(log_joint.shape[0], dtype=first.dtype)[:, None]
+        return jnp.max(log_joint, axis=0), (components == first).astype(log_joint.dtype).T

@@ -9,9 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
+from jaxem._checks import check_weights
+from jaxem._emission import float_dtype
+from jaxem._model import AbstractModel
 from jaxem._statistics import Framed
+from jaxem._units import as_arrays, num_units
 
 
 class RESULTS(eqx.Enumeration):
@@ -74,6 +78,22 @@ class Solution(eqx.Module):
 
     def __repr__(self) -> str:
         return summary(self)
+
+
+def checked(
+    fitted: Solution | AbstractModel, data: PyTree[Array], weights: Any
+) -> tuple[AbstractModel, PyTree[Array], Float[Array, " n"] | None]:
+    """The model of a fit, with its data and weights as arrays of the right shapes and dtypes.
+
+    **Raises:** `ValueError` as `fit` does.
+    """
+    model = fitted.model if isinstance(fitted, Solution) else fitted
+    if not isinstance(model, AbstractModel):
+        raise ValueError(f"expected a Solution or a model, got {type(model).__name__}.")
+    data, weights = as_arrays(data), as_arrays(weights)
+    model.check(data)
+    check_weights(weights, num_units(data))
+    return model, data, None if weights is None else weights.astype(float_dtype(model))
 
 
 def best(solutions: Solution) -> Solution:

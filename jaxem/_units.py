@@ -17,9 +17,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-# Numbers held at once for one block. On CPU it keeps a block in cache (2¹⁸ … 2²⁰ were within 20 %
-# of each other, 2²² half as slow again); on accelerators it fills the device (256 MiB of float32).
-_BUDGET = {"cpu": 2**20}
+# Numbers held at once for one block. On CPU it keeps a block in cache (2¹⁹ … 2²¹ were within a
+# third of each other, 2²² twice as slow); on accelerators it fills the device (256 MiB of float32).
+_BUDGET = {"cpu": 2**21}
 _ACCELERATOR_BUDGET = 2**26
 
 

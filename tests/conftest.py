@@ -1,7 +1,6 @@
 """Tests run in float64 on two forced host devices."""
 
 import os
-import pathlib
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
 
@@ -16,11 +15,3 @@ def _forget_compiled_programs():
     """Thousands of compiled programs in one process exhaust its memory maps, and it crashes."""
     yield
     jax.clear_caches()
-
-
-def pytest_collection_modifyitems(items):
-    """Inputs not yet judged right stand in open_defects.txt, until they are."""
-    defects = pathlib.Path(__file__).with_name("open_defects.txt").read_text().splitlines()
-    for item in items:
-        if item.nodeid.removeprefix("tests/") in defects:
-            item.add_marker(pytest.mark.xfail(reason="an open defect", strict=False))

@@ -729,7 +729,9 @@ def test_best_of_lanes_that_failed():
 
 
 def test_best_sets_degenerate_lanes_aside():
-    spike = Mixture(HALF, jaxem.Gaussian(jnp.stack([X[0], MEANS[1]]), EYES.at[0].multiply(1e-4)))
+    means = jnp.stack([X[0], jnp.mean(X, axis=0)])
+    covariances = jnp.stack([1e-20 * jnp.eye(2), 5 * jnp.eye(2)])
+    spike = Mixture(jnp.array([1 / 16, 15 / 16]), jaxem.Gaussian(means, covariances))
     lanes = _lanes(_stack((FULL, X, ONES), (spike, X, ONES)), {})
     assert bool((lanes.result == RESULTS.degenerate)[1])
     assert float(lanes.objective[1]) > float(lanes.objective[0])

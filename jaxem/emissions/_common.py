@@ -6,13 +6,20 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from jaxem._checks import check_values
 
 # Expanded quadratics, ‖Wξ‖² − 2 b·Wξ + ‖b‖², cancel: rounding leaves about eps·‖b‖² in each. They
 # are used while d·max‖b‖² is below this, so that at most four digits go.
 EXPANSION_LIMIT = 1e4
+
+# A quadratic form in all pairs of features is used while the absolute terms of one unit sum to
+# less than this, so that it loses no more than three digits.
+TERMS_LIMIT = 1e3
+
+# How many units in the last place a sum of squares may be off.
+ROUNDINGS = 8
 
 
 def expansion_is_safe(offset: Float[Array, "k d"]) -> Array:
@@ -53,6 +60,12 @@ def filled(name: str, value: ArrayLike, like: Array) -> Array:
         raise ValueError(
             f"{name} has shape {value.shape}; expected one that broadcasts to {like.shape}."
         ) from None
+
+
+def resolved(offset: Float[Array, "k d"], deviation: Array) -> Bool[Array, " k"]:
+    """Whether standard deviations exceed the rounding of the distances they are measured at."""
+    rounding = ROUNDINGS * jnp.finfo(offset.dtype).eps
+    return ~jnp.any(deviation < rounding * jnp.abs(offset), axis=1)
 
 
 def vanishing(like: Array) -> float:

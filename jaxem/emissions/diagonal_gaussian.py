@@ -32,12 +32,14 @@ from jaxem._hold import Held, replace
 from jaxem._statistics import Framed
 from jaxem._units import weighted_mean, weighted_second_moments
 from jaxem.emissions._common import (
+    ROUNDINGS,
     as_float,
     centroid,
     divide,
     expansion_is_safe,
     filled,
     pseudo_count,
+    resolved,
     vanishing,
 )
 from jaxem.emissions.gaussian import Moments
@@ -70,7 +72,8 @@ class _ScaledGaussian(AbstractEmission):
         else:
             check_shape("variance", variance, own)
         check_values(jnp.isfinite(self.mean), "mean holds a NaN or an infinity.")
-        check_values((variance > 0) & jnp.isfinite(variance), "variance must be positive.")
+        proper = (variance > 0) & jnp.isfinite(variance)
+        check_values(proper, "variance must be positive and finite.")
         self.log_scale = 0.5 * jnp.log(variance.reshape(variance.shape[0], -1))
         self.held, self.expanded = (), False
 
@@ -167,13 +170,21 @@ class _ScaledGaussian(AbstractEmission):
         )
 
     def maximize(self, sums: Moments) -> Self:
-        step = divide(sums.first, sums.mean_count[:, None])
-        step = step * self.free("mean")[:, None]
+        step, growth = self._whitened_maximum(sums)
         mean = self.mean + jnp.exp(self.log_scale) * step
-        scatter = divide(sums.second - self._share(sums.first * step), sums.scale_count)
-        growth = 0.5 * la.floored_log(jnp.where(sums.scale_count > 0, scatter, 1))
         log_scale = jnp.maximum(self.log_scale + growth, vanishing(mean))
         return self.update(mean=mean, log_scale=log_scale)
+
+    def _whitened_maximum(self, sums: Moments) -> tuple[Array, Array]:
+        """Mean and log-scale of the maximum, relative to self."""
+        step = divide(sums.first, sums.mean_count[:, None])
+        step = step * self.free("mean")[:, None]
+        # S − s²/n_q, or S itself about a mean that is held; what is below its rounding while
+        # the mean still moves is not known to be less.
+        known = 1 - ROUNDINGS * jnp.finfo(step.dtype).eps
+        scatter = sums.second - known * self._share(sums.first * step)
+        scatter = jnp.where(sums.scale_count > 0, divide(scatter, sums.scale_count), 1)
+        return step, 0.5 * la.floored_log(scatter)
 
     def expected_log_prob(self, sums: Moments) -> Float[Array, ""]:
         log_norm = -self.log_scale - 0.5 * math.log(2 * math.pi)
@@ -200,10 +211,13 @@ class _ScaledGaussian(AbstractEmission):
         """
         frame = self
         if mean is not None:
-            frame = replace(frame, mean=filled("mean", mean, self.mean))
+            mean = filled("mean", mean, self.mean)
+            check_values(jnp.isfinite(mean), "the prior's mean holds a NaN or an infinity.")
+            frame = replace(frame, mean=mean)
         if variance is not None:
             variance = self._cells("variance", variance)
-            check_values(variance > 0, "the prior's variance must be positive.")
+            proper = (variance > 0) & jnp.isfinite(variance)
+            check_values(proper, "the prior's variance must be positive and finite.")
             frame = replace(frame, log_scale=0.5 * jnp.log(variance))
         mean_count = pseudo_count("mean_count", mean_count, self.mean[:, 0])
         scale_count = self._cells("variance_count", variance_count)
@@ -225,18 +239,19 @@ class _ScaledGaussian(AbstractEmission):
     def degenerate(self, sums: Moments, min_variance: Float[Array, ""]) -> Bool[Array, " k"]:
         k, d = self.mean.shape
         c, _ = self.log_scale.shape
-        top = jnp.max(self.log_scale, axis=0)
-        ratio = jnp.exp(2 * (self.log_scale - top))
+        log_scale = self.log_scale + self._whitened_maximum(sums)[1]
+        top = jnp.max(log_scale, axis=0)
+        ratio = jnp.exp(2 * (log_scale - top))
         within = divide(
             jnp.sum(sums.scale_count * ratio, axis=0), jnp.sum(sums.scale_count, axis=0)
         )
         thin = jnp.any(ratio < min_variance * within, axis=1)
-        thin = thin | (jnp.min(self.log_scale, axis=1) <= vanishing(self.mean))
+        thin = thin | (jnp.min(log_scale, axis=1) <= vanishing(self.mean))
+        thin = thin | ~resolved(self.mean - centroid(self.mean), jnp.exp(log_scale))
         if not self.tied:
             units = sums.scale_count[:, 0] / (d if self.spherical else 1)
             thin = thin | (units < d + 1)
-        thin = thin & self.free("variance")
-        return jnp.broadcast_to(thin, (k,)) | (sums.mean_count < 1)
+        return (thin & self.free("variance")) | (sums.mean_count < 1)
 
     @classmethod
     def pooled(cls, x, num_components, weights, tied: bool = False):

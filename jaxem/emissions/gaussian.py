@@ -15,6 +15,7 @@ The two counts agree for data and differ for a prior: nₐ counts log|W|, n_q th
 the data frame would lose every digit in float32 once (mean/σ)² ≈ 1/eps; these do not.
 """
 
+import functools
 import math
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -31,12 +32,15 @@ from jaxem._hold import Held, replace
 from jaxem._statistics import Framed
 from jaxem._units import weighted_mean, weighted_second_moments
 from jaxem.emissions._common import (
+    ROUNDINGS,
+    TERMS_LIMIT,
     as_float,
     centroid,
     divide,
     expansion_is_safe,
     filled,
     pseudo_count,
+    resolved,
     vanishing,
 )
 
@@ -71,9 +75,7 @@ class _FullGaussian(AbstractEmission):
         k, d = self.mean.shape
         check_shape("covariance", covariance, (d, d) if self.tied else (k, d, d))
         check_values(jnp.isfinite(self.mean), "mean holds a NaN or an infinity.")
-        factor = la.cholesky(covariance.reshape(-1, d, d))
-        check_values(factor == factor, "a covariance is not positive definite.")
-        self.log_scale, self.below = la.parts_of_lower(factor)
+        self.log_scale, self.below = _factored("covariance", covariance.reshape(-1, d, d))
         self.held, self.expanded = (), False
 
     @property
@@ -115,10 +117,11 @@ class _FullGaussian(AbstractEmission):
 
     def _residual_log_prob(self, coordinates: Any, x: Array) -> Float[Array, "n k"]:
         log_norm, offset, whitener = coordinates
-        c, d, _ = whitener.shape
-        n, k = x.shape[0], self.num_components
-        white = la.matmul(whitener.reshape(c * d, d), (x - self._centroid()).T)
-        residual = white.reshape(c, d, n) - la.repeat(offset.reshape(-1), n).reshape(k, d, n)
+        n, (k, d) = x.shape[0], self.mean.shape
+        # A whitener that is shared is repeated: summing cotangents over k and n is far slower
+        whitener = jnp.broadcast_to(whitener, (k, d, d)).reshape(k * d, d)
+        residual = la.matmul(whitener, (x - self._centroid()).T) - la.repeat(offset.reshape(-1), n)
+        residual = residual.reshape(k, d, n)
         return (la.repeat(log_norm, n) - 0.5 * jnp.sum(residual * residual, axis=1)).T
 
     def _residual_statistics(self, cotangents: Any) -> Moments:
@@ -148,16 +151,23 @@ class _FullGaussian(AbstractEmission):
 
     def maximize(self, sums: Moments) -> Self:
         factor = self._factor()
-        step = divide(sums.first, sums.mean_count[:, None])
-        step = step * self.free("mean")[:, None]
+        step, scatter = self._whitened_maximum(sums)
         mean = self.mean + la.apply(factor, step)
-        # S − s sᵀ/n_q, or S itself about a mean that is held
-        scatter = sums.second - self._share(la.outer(sums.first, step))
-        alive = (sums.scale_count > 0)[:, None, None]
-        eye = jnp.eye(factor.shape[-1], dtype=factor.dtype)
-        scatter = jnp.where(alive, divide(scatter, sums.scale_count[:, None, None]), eye)
         log_scale, below = la.parts_of_lower(la.matmul(factor, la.cholesky(scatter)))
         return self.update(mean=mean, log_scale=log_scale, below=below)
+
+    def _whitened_maximum(self, sums: Moments) -> tuple[Array, Array]:
+        """Mean and covariance of the maximum, whitened by self and about its mean."""
+        step = divide(sums.first, sums.mean_count[:, None])
+        step = step * self.free("mean")[:, None]
+        # S − s sᵀ/n_q, or S itself about a mean that is held; what is below its rounding
+        # while the mean still moves is not known to be less.
+        moved = self._share(la.outer(sums.first, step))
+        eye = jnp.eye(step.shape[1], dtype=step.dtype)
+        unknown = ROUNDINGS * jnp.finfo(step.dtype).eps * jnp.trace(moved, axis1=1, axis2=2)
+        scatter = sums.second - moved + unknown[:, None, None] * eye
+        count = sums.scale_count[:, None, None]
+        return step, jnp.where(count > 0, divide(scatter, count), eye)
 
     def expected_log_prob(self, sums: Moments) -> Float[Array, ""]:
         trace = jnp.trace(sums.second, axis1=-2, axis2=-1)
@@ -187,11 +197,12 @@ class _FullGaussian(AbstractEmission):
         scale_count = pseudo_count("covariance_count", covariance_count, self.log_scale[:, 0])
         frame = self
         if mean is not None:
-            frame = replace(frame, mean=filled("mean", mean, self.mean))
+            mean = filled("mean", mean, self.mean)
+            check_values(jnp.isfinite(mean), "the prior's mean holds a NaN or an infinity.")
+            frame = replace(frame, mean=mean)
         if covariance is not None:
-            factor = la.cholesky(filled("covariance", covariance, self.below))
-            check_values(factor == factor, "the prior's covariance is not positive definite.")
-            log_scale, below = la.parts_of_lower(factor)
+            covariance = filled("covariance", covariance, self.below)
+            log_scale, below = _factored("the prior's covariance", covariance)
             frame = replace(frame, log_scale=log_scale, below=below)
         eye = jnp.broadcast_to(jnp.eye(d, dtype=self.mean.dtype), (c, d, d))
         second = scale_count[:, None, None] * eye
@@ -206,15 +217,24 @@ class _FullGaussian(AbstractEmission):
     def degenerate(self, sums: Moments, min_variance: Float[Array, ""]) -> Bool[Array, " k"]:
         c, d = self.log_scale.shape
         factor = self._factor()
-        scaled = factor / jnp.max(jnp.abs(factor), axis=(0, 2))[:, None]  # so that squares fit
+        _, scatter = self._whitened_maximum(sums)
+        size = jnp.max(jnp.abs(factor), axis=(0, 2))
+        scaled = factor / size[:, None]  # so that squares fit
+        covariance = la.matmul(la.matmul(scaled, scatter), la.transpose(scaled))
         share = divide(sums.scale_count, jnp.sum(sums.scale_count))[:, None, None]
-        within = jnp.sum(share * la.matmul(scaled, la.transpose(scaled)), axis=0)
-        relative = la.matmul(la.inverse_of_lower(la.cholesky(within)), scaled)
-        smallest = jnp.linalg.eigvalsh(la.matmul(relative, la.transpose(relative)))[:, 0]
-        thin = (smallest < min_variance) | (jnp.min(self.log_scale, axis=1) <= vanishing(factor))
+        whitener = la.inverse_of_lower(la.cholesky(jnp.sum(share * covariance, axis=0)))
+        relative = la.matmul(la.matmul(whitener, covariance), la.transpose(whitener))
+        smallest = jnp.linalg.eigvalsh(_symmetric(relative))[:, 0]
+        # Where every component is thin alike: variances no larger than their own rounding
+        root = jnp.diagonal(la.cholesky(covariance), axis1=1, axis2=2)
+        variance = jnp.diagonal(covariance, axis1=1, axis2=2)
+        regular = (root**2 > ROUNDINGS * jnp.finfo(root.dtype).eps * variance).all(axis=1)
+        wide = resolved((self.mean - self._centroid()) / size, jnp.sqrt(variance))
+        known = jnp.isfinite(covariance).all() & jnp.isfinite(sums.scale_count).all()
+        thin = known & ~((smallest >= min_variance) & regular & wide)
+        thin = thin | (jnp.min(self.log_scale, axis=1) <= vanishing(factor))
         thin = thin | (sums.scale_count < d + 1) if not self.tied else thin
-        thin = thin & self.free("covariance")
-        return jnp.broadcast_to(thin, self.mean.shape[:1]) | (sums.mean_count < 1)
+        return (thin & self.free("covariance")) | (sums.mean_count < 1)
 
     @classmethod
     def pooled(cls, x, num_components, weights):
@@ -265,14 +285,57 @@ class Gaussian(_FullGaussian):
 
     tied: ClassVar[bool] = False
 
+    def coordinates(self) -> tuple[Array, Array, Array]:
+        log_norm, offset, whitener = super().coordinates()
+        if not self.expanded:
+            return log_norm, offset, whitener
+        whitener = la.matmul(whitener, self._common_factor())
+        linear = la.matmul(offset[:, None, :], whitener)[:, 0]
+        return log_norm, linear, _packed(la.matmul(la.transpose(whitener), whitener))
+
+    def _common_factor(self) -> Float[Array, "d d"]:
+        """A Cholesky factor of the average covariance, held: z = U⁻¹ξ is alike for all."""
+        factor = jax.lax.stop_gradient(self._factor())
+        size = jnp.max(jnp.abs(factor), axis=(0, 2))
+        scaled = factor / size[:, None]
+        average = jnp.mean(la.matmul(scaled, la.transpose(scaled)), axis=0)
+        return size[:, None] * la.cholesky(average)
+
     def log_prob_at(self, coordinates: Any, x: Float[Array, "n d"]) -> Float[Array, "n k"]:
-        return self._residual_log_prob(coordinates, x)
+        if not self.expanded:
+            return self._residual_log_prob(coordinates, x)
+        # log p is linear in its coordinates: two products with all components at once
+        log_norm, linear, quadratic = coordinates
+        common = la.inverse_of_lower(self._common_factor())
+        z = la.matmul(common, (x - self._centroid()).T)
+        offset = _FullGaussian.coordinates(self)[1]
+        constant = log_norm - 0.5 * jnp.sum(offset**2, axis=1)
+        square = la.matmul(quadratic, _products(z))
+        return (la.repeat(constant, x.shape[0]) + la.matmul(linear, z) - 0.5 * square).T
 
     def statistics(self, cotangents: Any) -> Moments:
-        return self._residual_statistics(cotangents)
+        if not self.expanded:
+            return self._residual_statistics(cotangents)
+        count, linear, quadratic = cotangents  # Σr, Σr z, −½ Σr zᵢ zⱼ
+        _, offset, whitener = _FullGaussian.coordinates(self)
+        whitener = la.matmul(whitener, self._common_factor())
+        white = la.apply(whitener, linear)
+        first = white - count[:, None] * offset
+        square = -2 * _unpacked(quadratic, linear.shape[1])
+        second = la.matmul(la.matmul(whitener, square), la.transpose(whitener))
+        second = second - la.outer(white, offset) - la.outer(offset, first)
+        return Moments(count, count, first, _symmetric(second))
 
-    def shortcut(self) -> None:
-        return None
+    def shortcut(self) -> tuple[Bool[Array, ""], Self]:
+        # The sum of the absolute terms of zᵀAz, for units around each mean
+        common = la.inverse_of_lower(self._common_factor())
+        relative = la.matmul(common, self._factor())
+        whitener = la.inverse_of_lower(relative)
+        square = jnp.abs(la.matmul(la.transpose(whitener), whitener))
+        mean = jnp.abs(la.apply(common, self.mean - self._centroid()))
+        deviation = jnp.sqrt(jnp.sum(relative**2, axis=2))
+        terms = sum(jnp.sum(v * la.apply(square, v), axis=1) for v in (mean, deviation))
+        return jnp.max(terms) < TERMS_LIMIT, replace(self, expanded=True)
 
 
 class TiedGaussian(_FullGaussian):
@@ -315,6 +378,59 @@ class TiedGaussian(_FullGaussian):
     def shortcut(self) -> tuple[Bool[Array, ""], Self]:
         _, offset, _ = self.coordinates()
         return expansion_is_safe(offset), replace(self, expanded=True)
+
+
+def _factored(name: str, covariance: Float[Array, "c d d"]) -> tuple[Array, Array]:
+    """The unconstrained leaves of a covariance. Raises `ValueError` if it is not one."""
+    scale = jnp.sqrt(jnp.abs(jnp.diagonal(covariance, axis1=-2, axis2=-1)))
+    gap = jnp.abs(covariance - la.transpose(covariance))
+    slack = jnp.finfo(covariance.dtype).eps ** 0.5 * la.outer(scale, scale)
+    check_values(~(gap > slack), f"{name} is not symmetric.")
+    factor = la.cholesky(covariance)
+    positive = jnp.diagonal(factor, axis1=-2, axis2=-1) > 0
+    finite = jnp.isfinite(factor).all(axis=-1)
+    check_values(positive & finite, f"{name} is not positive definite, or not finite.")
+    return la.parts_of_lower(factor)
+
+
+@functools.cache
+def _pairs(d: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows, columns and multiplicities of zᵢ zⱼ as `_products` lists them.
+
+    Eight strips of rows, each from its own diagonal block on: nearly the upper triangle, in few
+    pieces.
+    """
+    strip = -(-d // 8)
+    pairs = [
+        (i, j, 1.0 if j < top + strip else 2.0)
+        for top in range(0, d, strip)
+        for i in range(top, min(top + strip, d))
+        for j in range(top, d)
+    ]
+    rows, columns, times = (np.array(column) for column in zip(*pairs, strict=True))
+    return rows, columns, times
+
+
+def _products(z: Float[Array, "d n"]) -> Float[Array, "f n"]:
+    d, n = z.shape
+    strip = -(-d // 8)
+    strips = [
+        (z[top : top + strip, None] * z[None, top:]).reshape(-1, n) for top in range(0, d, strip)
+    ]
+    return jnp.concatenate(strips)
+
+
+def _packed(a: Float[Array, "k d d"]) -> Float[Array, "k f"]:
+    """Coefficients of the products in zᵀ a z."""
+    rows, columns, times = _pairs(a.shape[-1])
+    return a[:, rows, columns] * times.astype(a.dtype)
+
+
+def _unpacked(sums: Float[Array, "k f"], d: int) -> Float[Array, "k d d"]:
+    """Sums of the products as symmetric matrices."""
+    rows, columns, _ = _pairs(d)
+    square = jnp.zeros((sums.shape[0], d, d), sums.dtype)
+    return square.at[:, rows, columns].set(sums).at[:, columns, rows].set(sums)
 
 
 def _symmetric(a: Array) -> Array:

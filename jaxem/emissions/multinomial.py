@@ -123,7 +123,8 @@ class Multinomial(AbstractEmission):
     def pooled(cls, x, num_components, weights):
         check_counts(x, num_features(x), weights.dtype, cls.__name__)
         mean = weighted_mean(x.astype(weights.dtype), weights)
-        shares = (mean + 1e-3 * jnp.mean(mean)) / jnp.sum(mean + 1e-3 * jnp.mean(mean))
+        mean = jnp.where(jnp.any(mean > 0), mean, 1) + 1e-3 * jnp.mean(mean)
+        shares = mean / jnp.sum(mean)
         shape = (num_components, x.shape[1])
         return replace(
             object.__new__(cls), logits=jnp.broadcast_to(la.floored_log(shares), shape), held=()

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Self
 
 import equinox as eqx
+import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,7 +102,10 @@ class Mixture(AbstractModel):
         if shortcut is None:
             return total(self.components)
         safe, cheaper = shortcut
-        return lax.cond(safe, lambda: total(cheaper), lambda: total(self.components))
+        # All lanes of a vmap take one branch; else every lane would compute both.
+        return lax.cond(
+            eqxi.unvmap_all(safe), lambda: total(cheaper), lambda: total(self.components)
+        )
 
     def _sums(
         self, data: Any, weights: Any, posterior: AbstractPosterior, key: Any, given: Any = None
@@ -187,7 +191,8 @@ class Mixture(AbstractModel):
         if self.logits.ndim != 1:
             raise ValueError(
                 f"a mixture has weights of shape (k,), these have {self.logits.shape}: fit takes "
-                "one model, fit_restarts and jax.vmap take models stacked along a leading axis."
+                "one model; fit_restarts and jax.vmap take models stacked along a leading axis, "
+                "as jax.vmap over init gives."
             )
         self.components.check(data)
         num_units(data)
