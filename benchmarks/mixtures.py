@@ -3,23 +3,15 @@
 Sections: covariances, restarts, kmeans, memory, startup (default: all). Every contender gets the
 same data, dtype, start and number of iterations in the same process; runs are interleaved, each
 right after an untimed one, and medians and median ratios quoted; the first call (with compilation)
-is timed apart. scikit-learn gets whichever number of BLAS threads is faster here. Results are appended to
-benchmarks/results/mixtures.jsonl.
+is timed apart. scikit-learn gets whichever number of BLAS threads is faster here. Results are
+appended to benchmarks/results/mixtures.jsonl.
 """
 
 from __future__ import annotations
 
-import datetime
 import functools
-import importlib.metadata
-import json
 import os
-import pathlib
-import platform
 import statistics
-import subprocess
-import sys
-import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -30,82 +22,11 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 import jaxem
+from benchmarks._common import PEAK, data, interleave, jaxem_mixture, main, python, seconds
+from benchmarks._common import record as _record
 
-RUNS = 7
-OUT = pathlib.Path(__file__).parent / "results" / "mixtures.jsonl"
+record = functools.partial(_record, "mixtures")
 N, D, K, STEPS = 200_000, 16, 16, 10
-
-
-def seconds(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(run())
-    return time.perf_counter() - start
-
-
-def interleave(contenders: dict[str, Callable[[], Any]], runs: int = RUNS) -> dict[str, Any]:
-    """First call of each, then the median over interleaved runs, and ratios to the first one."""
-    first = {name: seconds(run) for name, run in contenders.items()}
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(runs):
-        for name, run in contenders.items():
-            run()  # untimed: caches warm, and the threads of whoever ran before at rest
-            times[name].append(seconds(run))
-    ours = next(iter(times))
-    ratios = {
-        name: statistics.median(t / o for t, o in zip(times[name], times[ours], strict=True))
-        for name in times
-    }
-    return {
-        name: {
-            "median_s": statistics.median(times[name]),
-            "min_s": min(times[name]),
-            "max_s": max(times[name]),
-            "first_call_s": first[name],
-            "times_ours": ratios[name],
-        }
-        for name in contenders
-    }
-
-
-def record(section: str, setting: str, results: dict[str, Any]) -> None:
-    print(f"\n{section}: {setting}")
-    for name, row in results.items():
-        if isinstance(row, dict):
-            print(
-                f"  {name:<34} median {row['median_s']:8.4f} s  [{row['min_s']:.4f}, "
-                f"{row['max_s']:.4f}]  {row['times_ours']:6.2f} × ours  "
-                f"(first call {row['first_call_s']:.2f} s)"
-            )
-        else:
-            print(f"  {name:<34} {row}")
-    packages = ("jax", "jaxlib", "equinox", "numpy", "scikit-learn", "gmmx", "pomegranate", "torch")
-    versions = {name: version(name) for name in packages}
-    line = {
-        "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "section": section,
-        "setting": setting,
-        "results": results,
-        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}",
-        "versions": versions,
-    }
-    OUT.parent.mkdir(exist_ok=True)
-    with OUT.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def data(n: int, d: int, k: int, spread: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Unit clusters in float32, and means to start from."""
-    rng = np.random.default_rng(seed)
-    centres = spread * rng.normal(size=(k, d))
-    x = centres[rng.integers(k, size=n)] + rng.normal(size=(n, d))
-    return x.astype(np.float32), (centres + 0.3 * rng.normal(size=(k, d))).astype(np.float32)
 
 
 def best_threads(run: Callable[[], Any]) -> int:
@@ -216,18 +137,6 @@ def pomegranate_mixture(kind: str, x: np.ndarray, means: np.ndarray) -> Callable
     return run
 
 
-def jaxem_mixture(kind: str, means: np.ndarray) -> jaxem.Mixture:
-    k, d = means.shape
-    eye, one = np.eye(d, dtype=np.float32), np.float32(1)
-    components = {
-        "full": lambda: jaxem.Gaussian(means, np.broadcast_to(eye, (k, d, d))),
-        "tied": lambda: jaxem.TiedGaussian(means, eye),
-        "diag": lambda: jaxem.DiagonalGaussian(means, np.ones((k, d), np.float32)),
-        "spherical": lambda: jaxem.SphericalGaussian(means, np.ones(k, np.float32)),
-    }[kind]()
-    return jaxem.Mixture(np.full(k, one / k, np.float32), components)
-
-
 def fixed_steps(model: jaxem.Mixture, x: jax.Array, algorithm: Any = jaxem.EM()) -> Any:
     return jaxem.fit(model, x, algorithm, tol=0.0, max_steps=STEPS, throw=False)
 
@@ -255,7 +164,7 @@ def covariances() -> None:
             form = "residual" if shortcut is None or not bool(shortcut[0]) else "expanded"
             gap = abs(float(ours.log_likelihood) / N - peer.score(x))
             results: dict[str, Any] = {"form": form, "|log-likelihood per unit − peer's|": gap}
-            results |= interleave(contenders, runs=5 if kind == "full" else RUNS)
+            results |= interleave(contenders, runs=5 if kind == "full" else 7)
             setting = f"{kind}, N={N} D={D} K={K} spread {spread:g}, float32, {STEPS} steps"
             record("covariances", setting, results)
 
@@ -349,12 +258,10 @@ def min_squares(x: np.ndarray, centres: np.ndarray) -> float:
 
 # Memory and start-up, each in a process of its own
 
-MEMORY = """
+MEMORY = f"""
+{PEAK}
 import numpy as np, jax, jax.numpy as jnp, jaxem
 n, d, k = 2_000_000, 16, 64
-def peak():  # of this program alone: getrusage would remember the process it was forked from
-    with open("/proc/self/status") as file:
-        return int(file.read().split("VmHWM:")[1].split()[0]) / 1024
 rng = np.random.default_rng(0)
 x = np.empty((n, d), np.float32)
 for rows in np.array_split(np.arange(n), 40):
@@ -374,13 +281,6 @@ IMPORT = """
 import time; t = time.perf_counter(); import jax, equinox; a = time.perf_counter(); import jaxem
 print(time.perf_counter() - a, a - t)
 """
-
-
-def python(program: str) -> list[float]:
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return [float(word) for word in done.stdout.split()]
 
 
 def memory() -> None:
@@ -421,9 +321,4 @@ SECTIONS = {
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
-    chosen = sys.argv[1:] or list(SECTIONS)
-    unknown = set(chosen) - set(SECTIONS)
-    if unknown:
-        sys.exit(f"unknown section {sorted(unknown)}; there are {list(SECTIONS)}")
-    for name in chosen:
-        SECTIONS[name]()
+    main(SECTIONS)

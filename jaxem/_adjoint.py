@@ -202,7 +202,7 @@ def fixed_point_equation(
     """
     rest = _still(at)
     frame = rest.model
-    flat, unravel = ravel_pytree(rest.statistics.sums)
+    flat, unravel = ravel_pytree(at.statistics.at(frame).sums)  # which may move; the frame not
 
     def state(flat: Array, inputs: Any) -> State:
         there = eqx.tree_at(lambda s: s.statistics, rest, Framed(unravel(flat), frame))

@@ -94,8 +94,8 @@ class Covariance(eqx.Module):
             name = ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
             for index in np.ndindex(value.shape):
                 place = f"{name}{list(index) if index else ''}"
-                mark = "   held" if bool(fixed[index]) else ""
-                rows.append(f"  {place:<32} {value[index]:>12.6g} ± {error[index]:<10.3g}{mark}")
+                row = f"  {place:<32} {value[index]:>12.6g} ± {error[index]:<8.3g}"
+                rows.append(row + "   held" if bool(fixed[index]) else row.rstrip())
         return "\n".join(rows)
 
 

@@ -55,6 +55,11 @@ def _blocking(n: int, width: int) -> tuple[int, int]:
     return -(-n // size), size
 
 
+def fits_one_block(n: int, width: int) -> bool:
+    """Whether a sum over n units is done at once."""
+    return _blocking(n, width)[0] == 1
+
+
 def _budget() -> int:
     return _BUDGET.get(jax.default_backend(), _ACCELERATOR_BUDGET)
 

@@ -107,6 +107,47 @@ def test_from_functions(tmp_path):
     assert influence == pytest.approx(slopes, abs=1e-6)
 
 
+def test_prior_strength(tmp_path):
+    text = run("prior_strength.py", cwd=tmp_path)
+    lines = table(text, "iteration")
+    losses = [row[2] for row in lines]
+    assert losses[-1] < losses[0] and abs(lines[-1][3]) < 0.2 * abs(lines[0][3])
+    slope, difference = map(
+        float, re.search(r"slope there (\S+), by refitting twice (\S+)", text).groups()
+    )
+    assert slope == pytest.approx(difference, abs=2e-6)
+    weak, chosen = map(
+        float, re.search(r"eruption: (\S+) with hardly any prior, (\S+) with", text).groups()
+    )
+    assert chosen > weak
+
+
+def test_standard_errors(tmp_path):
+    text = run("standard_errors.py", cwd=tmp_path)
+    errors = {
+        name: float(error)
+        for name, error in re.findall(r"^  (\S+(?:, \d)*\]) +\S+ ± (\S+)$", text, re.M)
+    }
+    # As R mclust's and our gold case gmm_faithful_VVV2 have them
+    for name, value in (
+        ("weights[0]", 0.02909),
+        ("components.mean[0, 0]", 0.02711),
+        ("components.mean[1, 1]", 0.45619),
+        ("components.covariance[1, 0, 1]", 0.21042),
+    ):
+        assert errors[name] == pytest.approx(value, rel=0.02)
+    assert "eigenvalues 0.240766" in text
+    lines = table(text, "eruption   minutes")
+    for _, _, _, predicted, refitted in lines:
+        assert predicted == pytest.approx(refitted, abs=0.005)
+
+
+def test_em_layer(tmp_path):
+    text = run("em_layer.py", cwd=tmp_path)
+    before, after = map(float, re.findall(r"never trained on: (\S+)", text))
+    assert after > before + 0.1 and after > 0.85
+
+
 def test_custom_emission(tmp_path):
     text = run("custom_emission.py", cwd=tmp_path)
     report = text.split("\n\n")[0].splitlines()

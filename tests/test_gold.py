@@ -451,9 +451,7 @@ def gaussian_mixture(load, num_components, family, case):
     return numbers
 
 
-SE_OF_FAITHFUL = (
-    "se_obs_info [pi1,mu1(2),mu2(2),S1(11,21,22),S2(11,21,22)] comp1=long eruptions"
-)
+SE_OF_FAITHFUL = "se_obs_info [pi1,mu1(2),mu2(2),S1(11,21,22),S2(11,21,22)] comp1=long eruptions"
 
 
 def long_first(named):

@@ -9,7 +9,7 @@ bₖ = wₖ ∘ (μₖ − c), there are two forms of one density (D is the numb
 The expanded form is two matrix products; it cancels when components are many scales apart, and
 is used only where a bound on its rounding allows (`shortcut`). The residual form is
 differentiated in three directions, the constant (0), a linear term t·ξ (at t = 0) and a weight
-of each y² (at 1), so that the backward pass needs no product with y.
+of each y² (at −½), so that the backward pass needs no product with y.
 
 Both finish into (n_a, n_q, Σr y, Σr y²), whitened and about each component's own mean. M-step:
 with s = Σr y, S = Σr y² and m = s/n_q,  μ ← μ + m/w  and  σ² ← σ² (S − s m)/n_a, summed over
@@ -116,8 +116,8 @@ class _ScaledGaussian(AbstractEmission):
     def coordinates(self) -> tuple[Array, Array, Array]:
         _, inverse, offset, log_norm = self._whitening()
         if self.expanded:
-            return log_norm, inverse * offset, inverse**2
-        return log_norm, jnp.zeros_like(offset), jnp.ones_like(offset)
+            return log_norm, inverse * offset, -0.5 * inverse**2
+        return log_norm, jnp.zeros_like(offset), jnp.full_like(offset, -0.5)
 
     def log_prob_at(self, coordinates: Any, x: Float[Array, "n d"]) -> Float[Array, "n k"]:
         log_norm, linear, quadratic = coordinates
@@ -136,15 +136,14 @@ class _ScaledGaussian(AbstractEmission):
             square = la.matmul(quadratic[:, None, :], residual**2)[:, 0]
             constant = log_norm
         constant = la.repeat(constant, x.shape[0])
-        return (constant + la.matmul(linear, centred) - 0.5 * square).T
+        return (constant + la.matmul(linear, centred) + square).T
 
     def statistics(self, cotangents: Any) -> Moments:
-        count, first, square = cotangents  # Σr, Σr ξ, −½ Σr y² or −½ Σr ξ²
+        count, first, second = cotangents  # Σr, Σr ξ, Σr y² or Σr ξ²
         k, d = self.mean.shape
         _, inverse, offset, _ = self._whitening()
         white = inverse * first
         first = white - count[:, None] * offset
-        second = -2 * square
         if self.expanded:
             second = inverse**2 * second - self._share(offset * (white + first))
         else:

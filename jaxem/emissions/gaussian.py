@@ -291,7 +291,7 @@ class Gaussian(_FullGaussian):
             return log_norm, offset, whitener
         whitener = la.matmul(whitener, self._common_factor())
         linear = la.matmul(offset[:, None, :], whitener)[:, 0]
-        return log_norm, linear, _packed(la.matmul(la.transpose(whitener), whitener))
+        return log_norm, linear, -0.5 * _packed(la.matmul(la.transpose(whitener), whitener))
 
     def _common_factor(self) -> Float[Array, "d d"]:
         """A Cholesky factor of the average covariance, held: z = U⁻¹ξ is alike for all."""
@@ -311,17 +311,17 @@ class Gaussian(_FullGaussian):
         offset = _FullGaussian.coordinates(self)[1]
         constant = log_norm - 0.5 * jnp.sum(offset**2, axis=1)
         square = la.matmul(quadratic, _products(z))
-        return (la.repeat(constant, x.shape[0]) + la.matmul(linear, z) - 0.5 * square).T
+        return (la.repeat(constant, x.shape[0]) + la.matmul(linear, z) + square).T
 
     def statistics(self, cotangents: Any) -> Moments:
         if not self.expanded:
             return self._residual_statistics(cotangents)
-        count, linear, quadratic = cotangents  # Σr, Σr z, −½ Σr zᵢ zⱼ
+        count, linear, quadratic = cotangents  # Σr, Σr z, Σr zᵢ zⱼ
         _, offset, whitener = _FullGaussian.coordinates(self)
         whitener = la.matmul(whitener, self._common_factor())
         white = la.apply(whitener, linear)
         first = white - count[:, None] * offset
-        square = -2 * _unpacked(quadratic, linear.shape[1])
+        square = _unpacked(quadratic, linear.shape[1])
         second = la.matmul(la.matmul(whitener, square), la.transpose(whitener))
         second = second - la.outer(white, offset) - la.outer(offset, first)
         return Moments(count, count, first, _symmetric(second))

@@ -27,7 +27,14 @@ from jaxem._hold import Held, free, held_mask, natural_parameters, replace
 from jaxem._model import AbstractModel, all_finite
 from jaxem._posterior import AbstractPosterior, Exact
 from jaxem._statistics import Framed
-from jaxem._units import as_arrays, map_over_units, num_units, substitute, sum_over_units
+from jaxem._units import (
+    as_arrays,
+    fits_one_block,
+    map_over_units,
+    num_units,
+    substitute,
+    sum_over_units,
+)
 from jaxem.emissions._common import as_float, pseudo_count
 from jaxem.emissions.categorical import check_simplex, log_shares
 
@@ -98,8 +105,9 @@ class Mixture(AbstractModel):
         def total(components: AbstractEmission) -> Any:
             return replace(self, components=components)._sums(data, weights, posterior, key)
 
-        shortcut = self.components.shortcut()
-        if shortcut is None:
+        small = fits_one_block(num_units(data), self.width(data))
+        shortcut = None if small else self.components.shortcut()
+        if shortcut is None:  # what is small compiles faster without a choice
             return total(self.components)
         safe, cheaper = shortcut
         # All lanes of a vmap take one branch; else every lane would compute both.

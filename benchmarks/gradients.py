@@ -1,0 +1,200 @@
+"""Derivatives of fits: `python -m benchmarks.gradients [section …]`.
+
+Sections: implicit, unrolled, influence, memory (default: all). The cost of the implicit gradient is
+given in E-steps and as a share of the fit that it differentiates; the products with the Jacobian
+that its Krylov solver makes are counted as they happen. Results are appended to
+benchmarks/results/gradients.jsonl.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+
+import jaxem
+from benchmarks._common import PEAK, data, interleave, jaxem_mixture, main, python
+from benchmarks._common import record as _record
+
+record = functools.partial(_record, "gradients")
+products: list[None] = []
+
+
+class Counted(lx.AbstractLinearSolver[Any]):
+    """The default GMRES, with a tick for every product."""
+
+    rtol: float
+
+    def init(self, operator, options):
+        return operator
+
+    def compute(self, state, vector, options):
+        def product(v):
+            jax.debug.callback(lambda: products.append(None))
+            return state.mv(v)
+
+        operator = lx.FunctionLinearOperator(product, state.in_structure())
+        solver = lx.GMRES(rtol=self.rtol, atol=self.rtol, restart=40, stagnation_iters=40)
+        return solver.compute(solver.init(operator, options), vector, options)
+
+    def transpose(self, state, options):
+        return state.transpose(), options
+
+    def conj(self, state, options):
+        return state, options
+
+    def assume_full_rank(self):
+        return True
+
+
+def overlapping(n: int, d: int, k: int, kind: str = "full") -> tuple[jaxem.Mixture, jax.Array]:
+    """Clusters so close that EM needs hundreds of steps, and a start."""
+    x, means = data(n, d, k, 0.9)
+    return jaxem_mixture(kind, means), jnp.asarray(x)
+
+
+def after_fit(model: Any, x: jax.Array, weights: jax.Array, adjoint: Any = jaxem.Implicit()) -> Any:
+    """A number that depends on all of a fit that is done: no step is taken."""
+    options: Any = dict(weights=weights, max_steps=0, adjoint=adjoint, throw=False)
+    return jnp.sum(jaxem.fit(model, x, **options).model.components.mean ** 2)
+
+
+def implicit() -> None:
+    n, d, k = 50_000, 8, 8
+    start, x = overlapping(n, d, k)
+    weights = jnp.ones(n, x.dtype)
+    fit = jax.jit(lambda m: jaxem.fit(m, x, weights=weights, tol=1e-6, max_steps=3000))
+    solution = fit(start)
+    model = solution.model
+    e_step = jax.jit(lambda m: m.e_step(x, weights)[1])
+    algorithm = jaxem.EM()
+
+    def em_map(m: Any) -> Any:
+        statistics, _ = m.e_step(x, weights)
+        return jax.tree.leaves(algorithm.maximization(statistics, None, None)[0])
+
+    @jax.jit
+    def em_map_vjp(m: Any) -> Any:
+        value, pull = jax.vjp(em_map, m)
+        return pull(value)
+
+    counted = jaxem.Implicit(Counted(float(jnp.finfo(x.dtype).eps) ** 0.65))
+    products.clear()
+    jax.block_until_ready(jax.grad(lambda w: after_fit(model, x, w, counted))(weights))
+    jax.effects_barrier()
+    krylov = len(products)
+    gradient = jax.jit(jax.grad(lambda w: after_fit(model, x, w)))
+    value = jax.jit(lambda w: after_fit(model, x, w))
+    rows = interleave(
+        {
+            "E-step": lambda: e_step(model),
+            "EM map": lambda: jax.jit(em_map)(model),
+            "vjp of the EM map": lambda: em_map_vjp(model),
+            "fit": lambda: fit(start),
+            "a fit of no steps": lambda: value(weights),
+            "implicit gradient of it": lambda: gradient(weights),
+        }
+    )
+    one = rows["E-step"]["median_s"]
+    cost = rows["implicit gradient of it"]["median_s"] - rows["a fit of no steps"]["median_s"]
+    results: dict[str, Any] = {
+        "steps of the fit": int(solution.num_steps),
+        "products with the Jacobian": krylov,
+        "gradient alone, in E-steps": round(cost / one, 1),
+        "bar: (products + 3) × 4 E-steps": (krylov + 3) * 4,
+        "gradient alone / fit": round(cost / rows["fit"]["median_s"], 3),
+    }
+    record("implicit", f"full, N={n} D={d} K={k}, float32", results | rows)
+
+
+def unrolled() -> None:
+    n, d, k, steps = 2_000, 2, 3, 1_000
+    start, x = overlapping(n, d, k)
+    weights = jnp.ones(n, x.dtype)
+
+    def gradient(adjoint: Any) -> Any:
+        def value(w):
+            options: Any = dict(weights=w, tol=0.0, max_steps=steps, adjoint=adjoint, throw=False)
+            return jnp.sum(jaxem.fit(start, x, **options).model.components.mean ** 2)
+
+        return jax.jit(jax.value_and_grad(value))
+
+    contenders = {
+        "fit and implicit gradient": gradient(jaxem.Implicit(throw=False)),
+        "fit and unrolled gradient": gradient(jaxem.Unrolled()),
+    }
+    rows: dict[str, Any] = interleave(
+        {name: functools.partial(run, weights) for name, run in contenders.items()}
+    )
+    (_, a), (_, b) = (run(weights) for run in contenders.values())
+    rows["largest difference, relative"] = float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)))
+    record("unrolled", f"full, N={n} D={d} K={k}, {steps} steps, float32", rows)
+
+
+def influence() -> None:
+    n, d, k = 100_000, 4, 4
+    start, x = overlapping(n, d, k)
+    fit = jax.jit(lambda m: jaxem.fit(m, x, tol=1e-6, max_steps=3000))
+    solution = fit(start)
+
+    def first_mean(model: jaxem.Mixture) -> jax.Array:
+        return model.components.mean[0, 0]  # pyright: ignore[reportAttributeAccessIssue]
+
+    rows: dict[str, Any] = {"steps of the fit": int(solution.num_steps)}
+    rows |= interleave(
+        {
+            "fit": lambda: fit(start),
+            "influence of every unit": lambda: jaxem.influence(first_mean, solution, x),
+        }
+    )
+    record("influence", f"full, N={n} D={d} K={k}, float32", rows)
+
+
+MEMORY = f"""
+{PEAK}
+import jax, jax.numpy as jnp
+from benchmarks.gradients import after_fit, overlapping
+n, d, k = 100_000, 32, 64
+model, x = overlapping(n, d, k)
+weights = jnp.ones(n, x.dtype)
+gradient = jax.jit(jax.grad(lambda x, w: after_fit(model, x, w), argnums=(0, 1)))
+gradient = gradient.lower(x, weights).compile()
+before = peak()
+jax.block_until_ready(gradient(x, weights))
+statistics = k * (3 + d + d * d)
+print(peak() - before, before, 41 * statistics * 4 / 2**20)
+"""
+
+STEPS = """
+import jax, jax.numpy as jnp, jaxem, sys
+from benchmarks.gradients import overlapping
+model, x = overlapping(20_000, 8, 8)
+weights = jnp.ones(len(x), x.dtype)
+for adjoint in (jaxem.Implicit(), jaxem.Unrolled()):
+    for steps in (100, 10_000):
+        fit = lambda w: jaxem.fit(model, x, weights=w, max_steps=steps, adjoint=adjoint).objective
+        compiled = jax.jit(jax.grad(fit)).lower(weights).compile()
+        print(compiled.memory_analysis().temp_size_in_bytes / 2**20)
+"""
+
+
+def memory() -> None:
+    extra, before, basis = python(MEMORY)
+    names = ("implicit, 100 steps", "implicit, 10,000 steps")
+    names += ("unrolled, 100 steps", "unrolled, 10,000 steps")
+    rows: dict[str, Any] = {
+        "peak beyond data and program, MB": round(extra, 1),
+        "of which Krylov basis, MB": round(basis, 1),
+        "before, MB": round(before, 1),
+    }
+    rows |= {f"buffers, {n}, MB": round(v, 2) for n, v in zip(names, python(STEPS), strict=True)}
+    record("memory", "gradient by data and weights; full, N=100,000 D=32 K=64, float32", rows)
+
+
+SECTIONS = {"implicit": implicit, "unrolled": unrolled, "influence": influence, "memory": memory}
+
+if __name__ == "__main__":
+    main(SECTIONS)
