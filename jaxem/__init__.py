@@ -30,7 +30,6 @@ from jaxem._kmeans import KMeans as KMeans
 from jaxem._kmeans import kmeans as kmeans
 from jaxem._model import AbstractModel as AbstractModel
 from jaxem._model import from_functions as from_functions
-from jaxem._neumann import Neumann as Neumann
 from jaxem._posterior import AbstractExpectation as AbstractExpectation
 from jaxem._posterior import AbstractPosterior as AbstractPosterior
 from jaxem._posterior import Exact as Exact
@@ -43,6 +42,8 @@ from jaxem._solution import RESULTS as RESULTS
 from jaxem._solution import Solution as Solution
 from jaxem._solution import best as best
 from jaxem._solution import result_name as result_name
+from jaxem._solvers import GCR as GCR
+from jaxem._solvers import Neumann as Neumann
 from jaxem._statistics import Framed as Framed
 from jaxem.emissions import Bernoulli as Bernoulli
 from jaxem.emissions import Categorical as Categorical

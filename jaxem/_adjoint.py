@@ -23,10 +23,11 @@ import jax.numpy as jnp
 import lineax as lx
 from jax import lax
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxem._em import State
 from jaxem._hold import with_held
+from jaxem._solvers import GCR
 from jaxem._statistics import Framed
 
 
@@ -132,16 +133,16 @@ class Implicit(AbstractAdjoint):
 
     **Arguments:**
 
-    - `linear_solver`: any of lineax's that needs only products with I − ∂F/∂s (and its transpose
-      in reverse mode). Default: GMRES to 1e-10 relative (3e-5 in float32). `jaxem.Neumann()` is the
-      series Σ (∂F/∂s)ᵏ; `lineax.LU()` builds the matrix, for few statistics.
+    - `linear_solver`: one of lineax's, or `jaxem.GCR()` (the default, equal to GMRES) or
+      `jaxem.Neumann()` (the series Σ (∂F/∂s)ᵏ). These need only products with I − ∂F/∂s, and its
+      transpose in reverse mode; `lineax.LU()` builds the matrix, for few statistics.
     - `throw`: raise where the linear solve fails, at a fixed point that is none or not isolated;
       else the derivative is as inexact as the solve. Under vmap it raises if any lane's fails.
 
     **Raises:** `ValueError` for a stochastic algorithm or one that does not use all the data.
     """
 
-    linear_solver: lx.AbstractLinearSolver | None = None
+    linear_solver: lx.AbstractLinearSolver = GCR()
     throw: bool = eqx.field(static=True, default=True)
 
     def __call__(self, loop: Loop, inputs: PyTree[Array]) -> Any:
@@ -178,16 +179,17 @@ class Implicit(AbstractAdjoint):
         )
 
     def _solve(self, product: Callable[[Array], Array], right: Array) -> Array:
-        solver = self.linear_solver
-        if solver is None:
-            tol = float(jnp.finfo(right.dtype).eps) ** 0.65
-            solver = lx.GMRES(rtol=tol, atol=tol, restart=40, stagnation_iters=40)
-
         def solve(product: Callable[[Array], Array], right: Array) -> Array:
             shape = jax.ShapeDtypeStruct(right.shape, right.dtype)
             operator = lx.FunctionLinearOperator(product, shape)
-            solution = lx.linear_solve(operator, right, solver, throw=False).value
-            return _check_solve(product, right, solution) if self.throw else solution
+            found = lx.linear_solve(operator, right, self.linear_solver, throw=False)
+            if not self.throw:
+                return found.value
+            if "residual" in found.stats:
+                return _check_residual(found.value, found.stats["residual"])
+            size = jnp.linalg.norm(right)
+            left = jnp.linalg.norm(right - product(found.value)) / jnp.where(size > 0, size, 1)
+            return _check_residual(found.value, left)
 
         return lax.custom_linear_solve(product, right, solve, transpose_solve=solve)
 
@@ -219,10 +221,8 @@ _FAILED = {jnp.dtype("float64"): 1e-6, jnp.dtype("float32"): 1e-2}
 _DECADES = 7
 
 
-def _check_solve(product: Callable[[Array], Array], right: Array, solution: Array) -> Array:
-    size = jnp.linalg.norm(right)
-    left = jnp.linalg.norm(right - product(solution)) / jnp.where(size > 0, size, 1)
-    failed = left > _FAILED.get(right.dtype, 1e-2)
+def _check_residual(solution: Array, left: Float[Array, ""]) -> Array:
+    failed = left > _FAILED.get(solution.dtype, 1e-2)
     decade = jnp.clip(-jnp.floor(jnp.log10(left)), 0, _DECADES).astype(jnp.int32)
     messages = [
         "The linear solve of the implicit derivative stopped at a relative residual of about "

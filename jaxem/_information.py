@@ -253,8 +253,16 @@ def _delta(information: Information, meat: Float[Array, "p p"] | None) -> Covari
     named = estimates(model)
     values, unravel = ravel_pytree(named)
     # Unit diagonal first: whether a direction is determined must not depend on units of measure.
+    # Components share them, and one without units is measured by the others.
     diagonal = jnp.diagonal(matrix)
-    scale = jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1))
+    if hasattr(model, "natural"):
+        leading = jax.tree.map(
+            lambda leaf: jnp.broadcast_to(jnp.max(leaf, axis=0), leaf.shape),
+            ravel_pytree(model)[1](diagonal),
+        )
+        diagonal, _ = ravel_pytree(leading)
+    some = diagonal > jnp.finfo(flat.dtype).tiny ** 0.5
+    scale = jnp.sqrt(jnp.where(some, diagonal, 1))
     eigenvalues, basis = jnp.linalg.eigh(matrix / la.outer(scale, scale))
     rounding = jnp.finfo(flat.dtype).eps ** (2 / 3)
     determined = eigenvalues > rounding

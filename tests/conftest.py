@@ -1,8 +1,15 @@
-"""Tests run in float64 on two forced host devices."""
+"""Tests run in float64 on two forced host devices.
+
+It is compiling that takes the time, so LLVM's expensive passes are left out.
+"""
 
 import os
 
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true",
+)
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

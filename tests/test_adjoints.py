@@ -58,10 +58,8 @@ def test_implicit_gradient(name):
     """Data, weights and prior move; compiled, and side by side with another lane."""
     case = CASES[name]()
     value = jax.jit(lambda t: perturbed_fit(case, jaxem.Implicit(), t))
-    gradient = jax.jit(jax.grad(value))(ZERO)
-    agree(gradient, central(value, ZERO), 1e-6)
     lanes = jax.jit(jax.vmap(jax.grad(value)))(jnp.stack([ZERO + 0.03, ZERO]))
-    agree(lanes[1], gradient, 1e-7)
+    agree(lanes[1], central(value, ZERO), 1e-6)
 
 
 @pytest.mark.parametrize("name", EMISSIONS)

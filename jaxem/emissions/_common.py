@@ -12,7 +12,7 @@ from jaxem._checks import check_values
 
 # Expanded quadratics, ‖Wξ‖² − 2 b·Wξ + ‖b‖², cancel: rounding leaves about eps·‖b‖² in each. They
 # are used while d·max‖b‖² is below this, so that at most four digits go.
-EXPANSION_LIMIT = 1e4
+EXPANSION_LIMIT = 5e3
 
 # A quadratic form in all pairs of features is used while the absolute terms of one unit sum to
 # less than this, so that it loses no more than three digits.
