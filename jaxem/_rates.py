@@ -14,6 +14,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PyTree
 
@@ -60,7 +61,7 @@ class ConvergenceRate(eqx.Module):
         return moved.frame.m_step(moved)
 
     def __repr__(self) -> str:
-        if self.eigenvalues.ndim != 1 or isinstance(self.eigenvalues, jax.core.Tracer):
+        if self.eigenvalues.ndim != 1 or isinstance(self.eigenvalues, Tracer):
             return f"ConvergenceRate(shape {self.eigenvalues.shape})"
         values = ", ".join(f"{value:.6g}" for value in self.eigenvalues)
         end = "\n  a saddle: refit from .away()" if bool(self.saddle) else ""

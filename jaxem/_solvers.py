@@ -104,7 +104,7 @@ class Neumann(_Iterative):
             x, residual, step = carry
             return x + residual, residual - operator.mv(residual), step + 1
 
-        start = (jnp.zeros_like(vector), vector, 0)
+        start: Any = (jnp.zeros_like(vector), vector, 0)
         x, residual, steps = lax.while_loop(unfinished, add, start)
         return _outcome(x, residual, size, self.rtol, steps)
 

@@ -42,7 +42,7 @@ def test_code_runs(name, tmp_path):
     assert done.returncode == 0, done.stderr
     if name == "README.md":
         assert "Solution: converged" in done.stdout
-        (slope,) = (float(s) for s in re.findall(r"^-?\d+\.\d+$", done.stdout, re.M))
+        (slope,) = (float(s) for s in re.findall(r"^-?\d+\.\d+(?:e-\d+)?$", done.stdout, re.M))
         assert slope != 0 and abs(slope) < 1
 
 
