@@ -158,7 +158,7 @@ def test_the_data_choose_the_form_inside_one_program(family, monkeypatch):
         model = jaxem.Mixture(jnp.full(K, 1 / K, jnp.float32), components)
         safe, from_residual, from_expanded = run(model, x)
         assert bool(safe) == expected
-        assert float(from_expanded if expected else from_residual) < 1e-3
+        assert float(from_expanded if expected else from_residual) < 1e-2  # of a sum of 256
         if not expected:
             assert float(from_expanded) > 1
     assert run._cache_size() == before + 1
