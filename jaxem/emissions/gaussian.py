@@ -15,7 +15,6 @@ The two counts agree for data and differ for a prior: nₐ counts log|W|, n_q th
 the data frame would lose every digit in float32 once (mean/σ)² ≈ 1/eps; these do not.
 """
 
-import functools
 import math
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -393,44 +392,47 @@ def _factored(name: str, covariance: Float[Array, "c d d"]) -> tuple[Array, Arra
     return la.parts_of_lower(factor)
 
 
-@functools.cache
-def _pairs(d: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows, columns and multiplicities of zᵢ zⱼ as `_products` lists them.
+# Products zᵢzⱼ in eight strips of rows, each from its own diagonal block on: nearly the upper
+# triangle, in few slices. (Index arrays would become scatters, which take a CPU minutes.)
 
-    Eight strips of rows, each from its own diagonal block on: nearly the upper triangle, in few
-    pieces.
-    """
-    strip = -(-d // 8)
-    pairs = [
-        (i, j, 1.0 if j < top + strip else 2.0)
-        for top in range(0, d, strip)
-        for i in range(top, min(top + strip, d))
-        for j in range(top, d)
-    ]
-    rows, columns, times = (np.array(column) for column in zip(*pairs, strict=True))
-    return rows, columns, times
+
+def _strips(d: int) -> list[tuple[slice, slice]]:
+    """Rows of each strip, and its columns: all from its first row on."""
+    height = -(-d // 8)
+    return [(slice(top, min(top + height, d)), slice(top, d)) for top in range(0, d, height)]
+
+
+def _beyond(d: int) -> np.ndarray:
+    """Whether an entry lies right of its strip's diagonal block, and so stands for two."""
+    beyond = np.zeros((d, d), bool)
+    for rows, _ in _strips(d):
+        beyond[rows, rows.stop :] = True
+    return beyond
 
 
 def _products(z: Float[Array, "d n"]) -> Float[Array, "f n"]:
     d, n = z.shape
-    strip = -(-d // 8)
-    strips = [
-        (z[top : top + strip, None] * z[None, top:]).reshape(-1, n) for top in range(0, d, strip)
-    ]
+    strips = [(z[rows, None] * z[None, columns]).reshape(-1, n) for rows, columns in _strips(d)]
     return jnp.concatenate(strips)
 
 
 def _packed(a: Float[Array, "k d d"]) -> Float[Array, "k f"]:
     """Coefficients of the products in zᵀ a z."""
-    rows, columns, times = _pairs(a.shape[-1])
-    return a[:, rows, columns] * times.astype(a.dtype)
+    k, d, _ = a.shape
+    a = a * (1 + _beyond(d)).astype(a.dtype)
+    return jnp.concatenate([a[:, r, c].reshape(k, -1) for r, c in _strips(d)], axis=1)
 
 
 def _unpacked(sums: Float[Array, "k f"], d: int) -> Float[Array, "k d d"]:
     """Sums of the products as symmetric matrices."""
-    rows, columns, _ = _pairs(d)
-    square = jnp.zeros((sums.shape[0], d, d), sums.dtype)
-    return square.at[:, rows, columns].set(sums).at[:, columns, rows].set(sums)
+    parts, start = [], 0
+    for rows, columns in _strips(d):
+        shape = (rows.stop - rows.start, columns.stop - columns.start)
+        strip = sums[:, start : start + math.prod(shape)].reshape(-1, *shape)
+        parts.append(jnp.pad(strip, ((0, 0), (0, 0), (columns.start, 0))))
+        start += math.prod(shape)
+    upper = jnp.concatenate(parts, axis=1)
+    return upper + la.transpose(upper * _beyond(d))
 
 
 def _symmetric(a: Array) -> Array:
