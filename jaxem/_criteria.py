@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxem._solution import checked
-from jaxem._units import num_units
+from jaxem._units import total_weight
 
 
 def aic(
@@ -46,8 +46,7 @@ def icl(
 def _evaluate(fitted: Any, data: Any, weights: Any) -> tuple[Array, Any, Array]:
     model, data, weights = checked(fitted, data, weights)
     log_likelihood = _log_likelihood(model, data, weights)
-    count = jnp.asarray(num_units(data), log_likelihood.dtype)
-    total = count if weights is None else jnp.sum(weights)
+    total = jnp.asarray(total_weight(data, weights), log_likelihood.dtype)
     return log_likelihood, model, total
 
 

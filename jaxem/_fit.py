@@ -11,15 +11,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxem._adjoint import AbstractAdjoint, Implicit, Loop
-from jaxem._checks import check_nonnegative, check_weights
+from jaxem._checks import check_nonnegative
 from jaxem._em import EM, AbstractAlgorithm, State
 from jaxem._emission import float_dtype
 from jaxem._model import AbstractModel
 from jaxem._posterior import AbstractExpectation, Exact
 from jaxem._sharding import on_shards
-from jaxem._solution import RESULTS, Solution, is_any
+from jaxem._solution import RESULTS, Solution, checked, is_any
 from jaxem._statistics import Framed, distance
-from jaxem._units import as_arrays, num_units
+from jaxem._units import total_weight
 
 
 def _print_progress(step: int, objective: float, change: float) -> None:
@@ -100,11 +100,14 @@ def fit(
     **Raises:** `ValueError` for wrong shapes, dtypes or settings; with `throw`,
     `equinox.EquinoxRuntimeError` for the outcomes above.
     """
-    data, weights = as_arrays(data), as_arrays(weights)
-    _check_model(model, data, weights, prior)
-    _check_settings(algorithm, tol, max_steps, min_variance, adjoint)
+    if not isinstance(model, AbstractModel):
+        raise ValueError(
+            f"fit expects a model such as jaxem.Mixture, got {type(model).__name__}; "
+            "two plain functions become one by jaxem.from_functions."
+        )
+    model, data, weights = checked(model, data, weights)
+    _check_settings(algorithm, prior, tol, max_steps, min_variance, adjoint)
     dtype = float_dtype(model)
-    weights = None if weights is None else weights.astype(dtype)
     tol = float(jnp.finfo(dtype).eps) ** (2 / 3) if tol is None else tol
     progress = Progress(progress) if isinstance(progress, int) else progress
     solution = _fit(
@@ -123,26 +126,16 @@ def fit(
     return solution
 
 
-def _check_model(model: Any, data: Any, weights: Any, prior: Any) -> None:
-    if not isinstance(model, AbstractModel):
-        raise ValueError(
-            f"fit expects a model such as jaxem.Mixture, got {type(model).__name__}; "
-            "two plain functions become one by jaxem.from_functions."
-        )
-    model.check(data)
-    check_weights(weights, num_units(data))
-    if prior is not None and not isinstance(prior, Framed):
-        raise ValueError(f"prior must come from model.prior(…), got {type(prior).__name__}.")
-
-
 def _check_settings(
-    algorithm: Any, tol: Any, max_steps: Any, min_variance: Any, adjoint: Any
+    algorithm: Any, prior: Any, tol: Any, max_steps: Any, min_variance: Any, adjoint: Any
 ) -> None:
     if not isinstance(algorithm, AbstractAlgorithm):
         advice = "EM(Hard())" if isinstance(algorithm, AbstractExpectation) else "EM()"
         raise ValueError(f"the algorithm must be one such as {advice}, got {algorithm!r}.")
     if not isinstance(adjoint, AbstractAdjoint):
         raise ValueError(f"the adjoint must be one such as Implicit(), got {adjoint!r}.")
+    if prior is not None and not isinstance(prior, Framed):
+        raise ValueError(f"prior must come from model.prior(…), got {type(prior).__name__}.")
     if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 0:
         raise ValueError(f"max_steps must be an integer ≥ 0, got {max_steps!r}.")
     check_nonnegative("tol", tol if tol is not None else 0.0)
@@ -225,7 +218,7 @@ def _fit(
     def advance(carry: _Carry, inputs: _Inputs) -> _Carry:
         _, data, weights, _, _, tol = inputs
         old, new = carry.state, step(carry.state, inputs)
-        total = num_units(data) if weights is None else jnp.sum(weights)
+        total = total_weight(data, weights)
         gain = new.objective - old.objective
         change = distance(new.statistics, old.statistics) / total
         ratio = change / carry.change

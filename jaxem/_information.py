@@ -153,8 +153,7 @@ def standard_errors(
 
     **Arguments:** as for `observed_information`.
     """
-    source = sandwich if robust else _covariance
-    return source(fitted, data, weights=weights, prior=prior).standard_errors
+    return _covariance(fitted, data, weights, prior, robust).standard_errors
 
 
 def confidence_interval(
@@ -170,8 +169,7 @@ def confidence_interval(
 
     **Arguments:** `level`, the coverage; the others as for `standard_errors`.
     """
-    source = sandwich if robust else _covariance
-    return source(fitted, data, weights=weights, prior=prior).interval(level)
+    return _covariance(fitted, data, weights, prior, robust).interval(level)
 
 
 def sandwich(
@@ -194,16 +192,18 @@ def sandwich(
     return _delta(information, _scatter_of_scores(model, data, weights))
 
 
-def _covariance(fitted: Any, data: Any, *, weights: Any, prior: Any) -> Covariance:
+def _covariance(fitted: Any, data: Any, weights: Any, prior: Any, robust: bool) -> Covariance:
+    if robust:
+        return sandwich(fitted, data, weights=weights, prior=prior)
     return observed_information(fitted, data, weights=weights, prior=prior).covariance()
 
 
-def _numbers(model: AbstractModel) -> tuple[Array, Array, Callable[[Array], AbstractModel]]:
-    """Unconstrained numbers of a model, whether each may move, and the way back."""
+def _numbers(model: AbstractModel) -> tuple[Array, Callable[[Array], AbstractModel]]:
+    """Unconstrained numbers of a model, and the way back, on which what is held stays."""
     flat, unravel = ravel_pytree(model)
     ones, zeros = (unravel(jnp.full_like(flat, value)) for value in (1.0, 0.0))
     free, _ = ravel_pytree(with_held(ones, zeros))
-    return flat, free, lambda numbers: unravel(jnp.where(free > 0, numbers, flat))
+    return flat, lambda numbers: unravel(jnp.where(free > 0, numbers, flat))
 
 
 def _each_direction(
@@ -216,7 +216,7 @@ def _each_direction(
 
 @eqx.filter_jit
 def _observed(model: AbstractModel, data: Any, weights: Any, prior: Framed | None) -> Information:
-    flat, _, rebuild = _numbers(model)
+    flat, rebuild = _numbers(model)
 
     def objective(numbers: Array) -> Array:
         new = rebuild(numbers)
@@ -232,14 +232,14 @@ def _observed(model: AbstractModel, data: Any, weights: Any, prior: Framed | Non
 @eqx.filter_jit
 def _scatter_of_scores(model: AbstractModel, data: Any, weights: Any) -> Float[Array, "p p"]:
     """Σ w s sᵀ, column by column: s·v of every unit, then the score of weights w ∘ (s·v)."""
-    flat, _, rebuild = _numbers(model)
+    flat, rebuild = _numbers(model)
     weights = jnp.ones(num_units(data), flat.dtype) if weights is None else weights
 
     def log_likelihood(numbers: Array, weights: Array) -> Array:
         return rebuild(numbers).e_step(data, weights, posterior=Exact())[1]
 
     def column(direction: Array) -> Array:
-        units = jax.grad(lambda numbers, w: log_likelihood(numbers, w), argnums=1)
+        units = jax.grad(log_likelihood, argnums=1)
         _, along = jax.jvp(lambda numbers: units(numbers, weights), (flat,), (direction,))
         return jax.grad(log_likelihood)(flat, weights * jnp.where(weights > 0, along, 0))
 
@@ -249,7 +249,7 @@ def _scatter_of_scores(model: AbstractModel, data: Any, weights: Any) -> Float[A
 @eqx.filter_jit
 def _delta(information: Information, meat: Float[Array, "p p"] | None) -> Covariance:
     model, matrix, score = information.model, information.matrix, information.score
-    flat, free, rebuild = _numbers(model)
+    flat, rebuild = _numbers(model)
     named = estimates(model)
     values, unravel = ravel_pytree(named)
     # Unit diagonal first: whether a direction is determined must not depend on units of measure.
@@ -268,8 +268,7 @@ def _delta(information: Information, meat: Float[Array, "p p"] | None) -> Covari
     determined = eigenvalues > rounding
     proper = jnp.all(eigenvalues > -rounding)
 
-    _, push = jax.linearize(lambda numbers: ravel_pytree(estimates(rebuild(numbers)))[0], flat)
-    natural = jax.vmap(push, out_axes=1)(jnp.eye(flat.size, dtype=flat.dtype))
+    natural = jax.jacfwd(lambda numbers: ravel_pytree(estimates(rebuild(numbers)))[0])(flat)
     along = la.matmul(natural / scale, basis)
     solved = jnp.where(determined, along / jnp.where(determined, eigenvalues, 1), 0)
     if meat is None:
@@ -277,7 +276,7 @@ def _delta(information: Information, meat: Float[Array, "p p"] | None) -> Covari
     else:
         scores = la.matmul(la.matmul(basis.T, meat / la.outer(scale, scale)), basis)
         covariance = la.matmul(la.matmul(solved, scores), solved.T)
-    pull = la.matmul(basis.T, score * (free > 0) / scale)
+    pull = la.matmul(basis.T, score / scale)
     distance = jnp.sqrt(jnp.sum(jnp.where(determined, pull**2 / jnp.abs(eigenvalues), 0)))
 
     whole = jnp.sum(along**2, axis=1)

@@ -25,7 +25,7 @@ from jaxem._hold import estimates
 from jaxem._model import AbstractModel
 from jaxem._solution import Solution, checked
 from jaxem._statistics import Framed
-from jaxem._units import num_units
+from jaxem._units import total_weight
 
 
 class ConvergenceRate(eqx.Module):
@@ -127,9 +127,9 @@ def _rate(
     values, vectors = jnp.linalg.eig(hessenberg[:-1])
     order = jnp.argsort(-values.real)[:num_eigenvalues]
     error = jnp.abs(hessenberg[-1, -1] * vectors[-1, order])
-    slowest = la.matmul(basis[:-1].T, vectors[:, order[0]].real.astype(flat.dtype)[:, None])[:, 0]
+    slowest = la.apply(basis[:-1].T, vectors[:, order[0]].real.astype(flat.dtype))
 
-    total = num_units(data) if weights is None else jnp.sum(weights)
+    total = total_weight(data, weights)
     slowest = slowest * total / jnp.max(jnp.abs(slowest))
     _, unravel = ravel_pytree(state.statistics.sums)
     _, moved = jax.jvp(

@@ -1,7 +1,7 @@
 """Linear solvers for (I − A) x = b, with A the Jacobian of the EM map, as lineax has them.
 
-Both make their products in one place of the program: where a product is a linearised E-step,
-that halves what lineax's GMRES takes to compile.
+Both make their products in one place of the program and tell the residual that is left. lineax's
+GMRES does neither: with a product to check it, it takes a fourth longer to compile.
 """
 
 from __future__ import annotations

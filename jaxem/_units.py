@@ -47,6 +47,11 @@ def num_units(data: PyTree[Array]) -> int:
     return length
 
 
+def total_weight(data: PyTree[Array], weights: Float[Array, " n"] | None) -> Any:
+    """How many units there are, each as often as its weight says."""
+    return num_units(data) if weights is None else jnp.sum(weights)
+
+
 def _blocking(n: int, width: int) -> tuple[int, int]:
     """Number and size of the blocks: equal ones where a nearby number divides n."""
     least = max(1, min(-(-n * max(width, 1) // _budget()), n))

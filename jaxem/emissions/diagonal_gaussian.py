@@ -116,11 +116,12 @@ class _ScaledGaussian(AbstractEmission):
     def coordinates(self) -> tuple[Array, Array, Array]:
         _, inverse, offset, log_norm = self._whitening()
         if self.expanded:
-            return log_norm, inverse * offset, -0.5 * inverse**2
+            constant = log_norm - 0.5 * jnp.sum(offset**2, axis=1)
+            return constant, inverse * offset, -0.5 * inverse**2
         return log_norm, jnp.zeros_like(offset), jnp.full_like(offset, -0.5)
 
     def log_prob_at(self, coordinates: Any, x: Float[Array, "n d"]) -> Float[Array, "n k"]:
-        log_norm, linear, quadratic = coordinates
+        constant, linear, quadratic = coordinates
         origin, inverse, offset, _ = self._whitening()
         centred = (x - origin).T
         if self.expanded:
@@ -128,13 +129,11 @@ class _ScaledGaussian(AbstractEmission):
             if self.spherical:
                 square = la.matmul(jnp.ones_like(origin)[None], square)
             square = la.matmul(quadratic, square)
-            constant = log_norm - 0.5 * jnp.sum(offset**2, axis=1)
         else:
             k, d = offset.shape
             inverse = jnp.broadcast_to(inverse, (k, d))
             residual = inverse[:, :, None] * centred - offset[:, :, None]
             square = la.matmul(quadratic[:, None, :], residual**2)[:, 0]
-            constant = log_norm
         constant = la.repeat(constant, x.shape[0])
         return (constant + la.matmul(linear, centred) + square).T
 

@@ -223,14 +223,17 @@ class _FullGaussian(AbstractEmission):
         share = divide(sums.scale_count, jnp.sum(sums.scale_count))[:, None, None]
         whitener = la.inverse_of_lower(la.cholesky(jnp.sum(share * covariance, axis=0)))
         relative = la.matmul(la.matmul(whitener, covariance), la.transpose(whitener))
-        smallest = jnp.linalg.eigvalsh(_symmetric(relative))[:, 0]
+        # The smallest eigenvalue exceeds min_variance where what is left has a factor
+        eye = jnp.eye(d, dtype=relative.dtype)
+        left = la.cholesky(_symmetric(relative) - min_variance * eye)
+        distinct = jnp.isfinite(left).all(axis=(1, 2))
         # Where every component is thin alike: variances no larger than their own rounding
         root = jnp.diagonal(la.cholesky(covariance), axis1=1, axis2=2)
         variance = jnp.diagonal(covariance, axis1=1, axis2=2)
         regular = (root**2 > ROUNDINGS * jnp.finfo(root.dtype).eps * variance).all(axis=1)
         wide = resolved((self.mean - self._centroid()) / size, jnp.sqrt(variance))
         known = jnp.isfinite(covariance).all() & jnp.isfinite(sums.scale_count).all()
-        thin = known & ~((smallest >= min_variance) & regular & wide)
+        thin = known & ~(distinct & regular & wide)
         thin = thin | (jnp.min(self.log_scale, axis=1) <= vanishing(factor))
         thin = thin | (sums.scale_count < d + 1) if not self.tied else thin
         return (thin & self.free("covariance")) | (sums.mean_count < 1)
@@ -284,13 +287,16 @@ class Gaussian(_FullGaussian):
 
     tied: ClassVar[bool] = False
 
-    def coordinates(self) -> tuple[Array, Array, Array]:
+    def coordinates(self) -> tuple[Array, ...]:
         log_norm, offset, whitener = super().coordinates()
         if not self.expanded:
             return log_norm, offset, whitener
-        whitener = la.matmul(whitener, self._common_factor())
+        factor = self._common_factor()
+        whitener = la.matmul(whitener, factor)
+        constant = log_norm - 0.5 * jnp.sum(offset**2, axis=1)
         linear = la.matmul(offset[:, None, :], whitener)[:, 0]
-        return log_norm, linear, -0.5 * _packed(la.matmul(la.transpose(whitener), whitener))
+        quadratic = -0.5 * _packed(la.matmul(la.transpose(whitener), whitener))
+        return constant, linear, quadratic, la.inverse_of_lower(factor)
 
     def _common_factor(self) -> Float[Array, "d d"]:
         """A Cholesky factor of the average covariance, held: z = U⁻¹ξ is alike for all."""
@@ -303,19 +309,17 @@ class Gaussian(_FullGaussian):
     def log_prob_at(self, coordinates: Any, x: Float[Array, "n d"]) -> Float[Array, "n k"]:
         if not self.expanded:
             return self._residual_log_prob(coordinates, x)
-        # log p is linear in its coordinates: two products with all components at once
-        log_norm, linear, quadratic = coordinates
-        common = la.inverse_of_lower(self._common_factor())
-        z = la.matmul(common, (x - self._centroid()).T)
-        offset = _FullGaussian.coordinates(self)[1]
-        constant = log_norm - 0.5 * jnp.sum(offset**2, axis=1)
+        # log p is linear in its coordinates: two products with all components at once. The last
+        # coordinate, the common whitener, is held.
+        constant, linear, quadratic, common = coordinates
+        z = la.matmul(jax.lax.stop_gradient(common), (x - self._centroid()).T)
         square = la.matmul(quadratic, _products(z))
         return (la.repeat(constant, x.shape[0]) + la.matmul(linear, z) + square).T
 
     def statistics(self, cotangents: Any) -> Moments:
         if not self.expanded:
             return self._residual_statistics(cotangents)
-        count, linear, quadratic = cotangents  # Σr, Σr z, Σr zᵢ zⱼ
+        count, linear, quadratic, _ = cotangents  # Σr, Σr z, Σr zᵢ zⱼ
         _, offset, whitener = _FullGaussian.coordinates(self)
         whitener = la.matmul(whitener, self._common_factor())
         white = la.apply(whitener, linear)
