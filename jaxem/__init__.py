@@ -1,3 +1,4 @@
+from jaxem import chain as chain
 from jaxem._adjoint import AbstractAdjoint as AbstractAdjoint
 from jaxem._adjoint import Forward as Forward
 from jaxem._adjoint import Implicit as Implicit
@@ -37,6 +38,7 @@ from jaxem._posterior import Hard as Hard
 from jaxem._rates import ConvergenceRate as ConvergenceRate
 from jaxem._rates import convergence_rate as convergence_rate
 from jaxem._restarts import fit_restarts as fit_restarts
+from jaxem._sequences import Sequences as Sequences
 from jaxem._sharding import Sharded as Sharded
 from jaxem._solution import RESULTS as RESULTS
 from jaxem._solution import Solution as Solution
@@ -55,6 +57,10 @@ from jaxem.emissions import Multinomial as Multinomial
 from jaxem.emissions import Poisson as Poisson
 from jaxem.emissions import SphericalGaussian as SphericalGaussian
 from jaxem.emissions import TiedGaussian as TiedGaussian
+from jaxem.models import HMM as HMM
+from jaxem.models import AbstractTransition as AbstractTransition
+from jaxem.models import LogisticTransition as LogisticTransition
 from jaxem.models import Mixture as Mixture
+from jaxem.models import Transition as Transition
 
 __version__ = "0.1.0"

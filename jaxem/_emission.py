@@ -1,17 +1,21 @@
 """What a family of distributions must provide to be the components of a mixture or an HMM."""
 
 import abc
+from collections.abc import Callable
 from typing import Any, Self
 
 import equinox as eqx
+import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxem._hold import Held, free, update
 from jaxem._repr import describe
 from jaxem._statistics import Framed
+from jaxem._units import sum_over_units
 
 
 class AbstractEmission(eqx.Module):
@@ -122,6 +126,37 @@ class AbstractEmission(eqx.Module):
 def log_prob(emission: AbstractEmission, x: PyTree[Array]) -> Float[Array, "n k"]:
     """log p(x | z = k) of an emission at its own parameters."""
     return emission.log_prob_at(emission.coordinates(), x)
+
+
+def width(emission: AbstractEmission, x: PyTree[Array]) -> int:
+    """Numbers held for each unit: one for each component and feature."""
+    features = sum(leaf.size // leaf.shape[0] for leaf in jax.tree.leaves(x))
+    return features * emission.num_components
+
+
+def pull_back(
+    emission: AbstractEmission, at: Any, x: PyTree[Array], responsibilities: Float[Array, "n k"]
+) -> PyTree[Array]:
+    """Cotangents of the coordinates `at`, Σ r ∂ log p(x | z = k): finished by `statistics`."""
+
+    def block(part: Any, w: Any, key: Any) -> PyTree[Array]:
+        units, r = part
+        pullback = jax.vjp(lambda c: emission.log_prob_at(c, units), at)[1]
+        return pullback(r)[0]
+
+    return sum_over_units(block, (x, responsibilities), width=width(emission, x))
+
+
+def with_shortcut(
+    emission: AbstractEmission, total: Callable[[Any], PyTree[Array]], allowed: bool
+) -> PyTree[Array]:
+    """`total(emission)`, by the cheaper form of the emission where rounding allows it."""
+    shortcut = emission.shortcut() if allowed else None
+    if shortcut is None:
+        return total(emission)
+    safe, cheaper = shortcut
+    # All lanes of a vmap take one branch; else every lane would compute both.
+    return lax.cond(eqxi.unvmap_all(safe), lambda: total(cheaper), lambda: total(emission))
 
 
 def build(family: Any) -> tuple[Any, dict[str, Any]]:

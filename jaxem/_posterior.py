@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
+from jaxem import chain
 from jaxem._statistics import Framed
 
 
@@ -42,6 +43,17 @@ class AbstractPosterior(AbstractExpectation):
     ) -> tuple[Float[Array, " n"], Float[Array, "n k"]]:
         """Log-probability and responsibilities of each unit from log p(x, z)."""
 
+    @abc.abstractmethod
+    def marginalize_chain(
+        self,
+        initial: Float[Array, " k"],
+        transition: Array,
+        log_prob: Float[Array, "t k"],
+        length: Int[Array, ""] | None,
+        key: Any,
+    ) -> chain.Smoothed:
+        """Log-probability and responsibilities of the states of one chain, as in `jaxem.chain`."""
+
 
 class Exact(AbstractPosterior):
     """The exact posterior p(z | x): expectation–maximisation proper.
@@ -64,6 +76,9 @@ class Exact(AbstractPosterior):
         total = jnp.sum(scaled, axis=0)
         return top + jnp.log(total), (scaled / total).T
 
+    def marginalize_chain(self, initial, transition, log_prob, length, key):
+        return chain.smoothing(initial, transition, log_prob)
+
 
 class Hard(AbstractPosterior):
     """All mass on the most probable latent, the first one among equals.
@@ -83,3 +98,7 @@ class Hard(AbstractPosterior):
         first = jnp.argmax(log_joint, axis=0)
         components = jnp.arange(log_joint.shape[0], dtype=first.dtype)[:, None]
         return jnp.max(log_joint, axis=0), (components == first).astype(log_joint.dtype).T
+
+    def marginalize_chain(self, initial, transition, log_prob, length, key):
+        paths, value = chain.viterbi(initial, transition, log_prob, length=length)
+        return chain.along(paths[0], value[0], transition)

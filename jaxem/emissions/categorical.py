@@ -159,3 +159,16 @@ def log_shares(counts: Float[Array, "*b m"], old: Float[Array, "*b m"]) -> Float
     total = jnp.sum(counts, axis=-1, keepdims=True)
     shares = counts / jnp.where(total > 0, total, 1)
     return jnp.where(total > 0, la.floored_log(shares), old)
+
+
+def free_log_shares(
+    counts: Float[Array, " m"], old: Float[Array, " m"], held: bool | np.ndarray
+) -> Float[Array, " m"]:
+    """`log_shares` where some entries are held: the others share what those leave."""
+    if held is False:
+        return log_shares(counts, old)
+    if held is True:
+        return old
+    now = jax.nn.log_softmax(old)
+    left = la.floored_log(1 - jnp.sum(jnp.where(held, jnp.exp(now), 0)))
+    return jnp.where(held, now, left + log_shares(jnp.where(held, 0, counts), now))

@@ -12,17 +12,15 @@ from __future__ import annotations
 from typing import Any, ClassVar, Self
 
 import equinox as eqx
-import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from jaxem import _init
 from jaxem import _linalg as la
 from jaxem._checks import check_shape, check_weights
-from jaxem._emission import AbstractEmission, float_dtype, log_prob
+from jaxem._emission import AbstractEmission, float_dtype, log_prob, width, with_shortcut
 from jaxem._hold import Held, free, held_mask, natural_parameters, replace
 from jaxem._model import AbstractModel, all_finite
 from jaxem._posterior import AbstractPosterior, Exact
@@ -36,7 +34,7 @@ from jaxem._units import (
     sum_over_units,
 )
 from jaxem.emissions._common import as_float, pseudo_count
-from jaxem.emissions.categorical import check_simplex, log_shares
+from jaxem.emissions.categorical import check_simplex, free_log_shares
 
 
 class Mixture(AbstractModel):
@@ -105,15 +103,9 @@ class Mixture(AbstractModel):
         def total(components: AbstractEmission) -> Any:
             return replace(self, components=components)._sums(data, weights, posterior, key)
 
+        # what is small compiles faster without a choice
         small = fits_one_block(num_units(data), self.width(data))
-        shortcut = None if small else self.components.shortcut()
-        if shortcut is None:  # what is small compiles faster without a choice
-            return total(self.components)
-        safe, cheaper = shortcut
-        # All lanes of a vmap take one branch; else every lane would compute both.
-        return lax.cond(
-            eqxi.unvmap_all(safe), lambda: total(cheaper), lambda: total(self.components)
-        )
+        return with_shortcut(self.components, total, allowed=not small)
 
     def _sums(
         self, data: Any, weights: Any, posterior: AbstractPosterior, key: Any, given: Any = None
@@ -147,8 +139,7 @@ class Mixture(AbstractModel):
 
     def width(self, data: PyTree[Array]) -> int:
         """Numbers an E-step holds for each unit: one for each component and feature."""
-        features = sum(leaf.size // leaf.shape[0] for leaf in jax.tree.leaves(data))
-        return features * self.num_components
+        return width(self.components, data)
 
     def reframe(self, sums: Any, old: Self) -> Any:
         counts, component_sums = sums
@@ -159,20 +150,8 @@ class Mixture(AbstractModel):
     def m_step(self, statistics: Framed) -> Self:
         """The constrained maximum: free weights share what held ones leave."""
         counts, sums = statistics.at(self).sums
-        return replace(
-            self, logits=self._log_weights(counts), components=self.components.maximize(sums)
-        )
-
-    def _log_weights(self, counts: Float[Array, " k"]) -> Float[Array, " k"]:
-        mask = held_mask(self, "weights")
-        if mask is False:
-            return log_shares(counts, self.logits)
-        if mask is True:
-            return self.logits
-        now = jax.nn.log_softmax(self.logits)
-        left = la.floored_log(1 - jnp.sum(jnp.where(mask, jnp.exp(now), 0)))
-        shares = log_shares(jnp.where(mask, 0, counts), now)
-        return jnp.where(mask, now, left + shares)
+        logits = free_log_shares(counts, self.logits, held_mask(self, "weights"))
+        return replace(self, logits=logits, components=self.components.maximize(sums))
 
     def expected_log_prob(self, statistics: Framed) -> Float[Array, ""]:
         """Q(self; statistics) = Σ r (log π + log p(x | z)), up to a term in the data alone."""
