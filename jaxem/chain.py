@@ -221,35 +221,51 @@ def stationary(transition: Float[Array, "k k"]) -> Float[Array, " k"]:
 
 
 def _filter_step(predicted: Array, log_b: Array) -> tuple[Array, Array, Array]:
-    """Filtered probabilities, gains and the log of the normaliser of one step."""
-    reachable = predicted > 0
-    top = lax.stop_gradient(jnp.max(jnp.where(reachable, log_b, -jnp.inf)))
-    top = jnp.where(jnp.isfinite(top), top, 0)
-    likelihood = jnp.where(reachable, jnp.exp(jnp.where(reachable, log_b - top, 0)), 0)
-    joint = predicted * likelihood
+    """Filtered probabilities, and scale and sum of the joint probabilities of one step.
+
+    The scale is the largest likelihood among states that can be reached: one that cannot must
+    not make the others vanish. (Few operations: on CPU their number is the time that this takes.)
+    """
+    top = lax.stop_gradient(jnp.max(jnp.where(predicted > 0, log_b, -jnp.inf)))
+    top = jnp.where(top > -jnp.inf, top, 0)
+    joint = predicted * _likelihood(log_b, top)
     total = jnp.sum(joint)
+    return joint / _positive(total), top, total
+
+
+def _likelihood(log_b: Array, top: Array) -> Array:
+    return jnp.exp(jnp.minimum(log_b - top, 0))
+
+
+def _positive(total: Array) -> Array:
+    """The total, or where it is zero a number that divides the zeros it sums."""
+    return jnp.maximum(total, jnp.finfo(total.dtype).tiny)
+
+
+def _log_increment(top: Array, total: Array) -> Array:
     possible = total > 0
-    inverse = jnp.where(possible, 1 / jnp.where(possible, total, 1), 0)
-    log_total = jnp.where(possible, jnp.log(jnp.where(possible, total, 1)), -jnp.inf)
-    return joint * inverse, likelihood * inverse, top + log_total
+    return top + jnp.where(possible, jnp.log(jnp.where(possible, total, 1)), -jnp.inf)
 
 
 def _filter_steps(initial: Array, transition: Array, steps: Any) -> tuple[Array, Array, Array]:
+    """Filtered probabilities, gains and log-increments of all steps."""
+
     def step(predicted: Array, here: Any) -> tuple[Array, tuple[Array, Array, Array]]:
         log_b, out_of = here
-        filtered, gain, increment = _filter_step(predicted, log_b)
+        filtered, top, total = _filter_step(predicted, log_b)
         following = la.matmul(filtered, transition if out_of is None else out_of)
-        return following, (filtered, gain, increment)
+        return following, (filtered, top, total)
 
-    return lax.scan(step, initial, steps)[1]
+    _, (filtered, top, total) = lax.scan(step, initial, steps)
+    gain = _likelihood(steps[0], top[:, None]) / _positive(total)[:, None]
+    return filtered, gain, _log_increment(top, total)
 
 
 def _smooth_step(backward: Array, filtered: Array, gain: Array) -> tuple[Array, Array]:
     """P(zₜ | x) and gₜ ∘ βₜ, scaled so that the former sums to one."""
     joint = filtered * backward
-    total = lax.stop_gradient(jnp.sum(joint))  # one, to rounding
-    inverse = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
-    return joint * inverse, gain * (backward * inverse)
+    total = _positive(lax.stop_gradient(jnp.sum(joint)))  # one, to rounding
+    return joint / total, gain * (backward / total)
 
 
 def _smooth_steps(transition: Array, steps: Any) -> tuple[Array, Array]:
@@ -300,9 +316,9 @@ def _filter_blocks(initial: Array, transition: Array, steps: Any) -> tuple[Array
         def step(carry: tuple[Array, Array], here: Any) -> tuple[tuple[Array, Array], None]:
             predicted, total = carry
             log_b, out = here
-            filtered, _, increment = _filter_step(predicted, log_b)
+            filtered, top, sum_here = _filter_step(predicted, log_b)
             following = la.matmul(filtered, transition if out is None else out)
-            return (following, total + increment), None
+            return (following, total + _log_increment(top, sum_here)), None
 
         zero = jnp.zeros((), log_prob.dtype)
         return lax.scan(step, (start, zero), block)[0]
