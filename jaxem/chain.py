@@ -204,7 +204,7 @@ def forecast(
     """State probabilities 1 … `num_steps` steps after a step whose state has those of `state`."""
 
     def step(now: Array, _: None) -> tuple[Array, Array]:
-        following = la.matmul(now, transition)
+        following = _push(now, transition)
         return following, following
 
     return lax.scan(step, state, length=num_steps)[1]
@@ -218,6 +218,13 @@ def stationary(transition: Float[Array, "k k"]) -> Float[Array, " k"]:
 
 
 # One step
+
+
+def _push(state: Float[Array, " k"], transition: Float[Array, "k k"]) -> Float[Array, " k"]:
+    """State probabilities one step on. Small sums join the loop's other work, unlike products."""
+    if transition.shape[0] > 16:
+        return la.matmul(state, transition)
+    return jnp.sum(state[:, None] * transition, axis=0)
 
 
 def _filter_step(predicted: Array, log_b: Array) -> tuple[Array, Array, Array]:
@@ -248,16 +255,20 @@ def _log_increment(top: Array, total: Array) -> Array:
 
 
 def _filter_steps(initial: Array, transition: Array, steps: Any) -> tuple[Array, Array, Array]:
-    """Filtered probabilities, gains and log-increments of all steps."""
+    """Filtered probabilities, gains and log-increments of all steps.
 
-    def step(predicted: Array, here: Any) -> tuple[Array, tuple[Array, Array, Array]]:
+    The loop keeps predictions alone; the rest is found from them for all steps at once.
+    """
+
+    def step(predicted: Array, here: Any) -> tuple[Array, Array]:
         log_b, out_of = here
-        filtered, top, total = _filter_step(predicted, log_b)
-        following = la.matmul(filtered, transition if out_of is None else out_of)
-        return following, (filtered, top, total)
+        filtered, *_ = _filter_step(predicted, log_b)
+        return _push(filtered, transition if out_of is None else out_of), predicted
 
-    _, (filtered, top, total) = lax.scan(step, initial, steps)
-    gain = _likelihood(steps[0], top[:, None]) / _positive(total)[:, None]
+    _, predicted = lax.scan(step, initial, steps)
+    log_prob, _ = steps
+    filtered, top, total = jax.vmap(_filter_step)(predicted, log_prob)
+    gain = _likelihood(log_prob, top[:, None]) / _positive(total)[:, None]
     return filtered, gain, _log_increment(top, total)
 
 
@@ -272,7 +283,8 @@ def _smooth_steps(transition: Array, steps: Any) -> tuple[Array, Array]:
     def step(backward: Array, here: Any) -> tuple[Array, tuple[Array, Array]]:
         filtered, gain, into = here
         smoothed, after = _smooth_step(backward, filtered, gain)
-        return la.matmul(transition if into is None else into, after), (smoothed, after)
+        earlier = _push(after, (transition if into is None else into).T)
+        return earlier, (smoothed, after)
 
     filtered, gain, out_of = steps
     into = None if out_of is None else jnp.roll(out_of, 1, axis=0)
@@ -317,7 +329,7 @@ def _filter_blocks(initial: Array, transition: Array, steps: Any) -> tuple[Array
             predicted, total = carry
             log_b, out = here
             filtered, top, sum_here = _filter_step(predicted, log_b)
-            following = la.matmul(filtered, transition if out is None else out)
+            following = _push(filtered, transition if out is None else out)
             return (following, total + _log_increment(top, sum_here)), None
 
         zero = jnp.zeros((), log_prob.dtype)
@@ -328,7 +340,7 @@ def _filter_blocks(initial: Array, transition: Array, steps: Any) -> tuple[Array
     def skip(predicted: Array, block_map: tuple[Array, Array]) -> tuple[Array, Array]:
         rows, log_totals = block_map
         joint, *_ = _filter_step(predicted, log_totals)
-        return la.matmul(joint, rows), predicted
+        return _push(joint, rows), predicted
 
     _, starts = lax.scan(skip, initial, maps)
     run = jax.vmap(lambda start, block: _filter_steps(start, transition, block))
@@ -352,7 +364,7 @@ def _smooth_blocks(transition: Array, steps: Any) -> tuple[Array, Array]:
     )
 
     def before(after: Array, into: Array | None, filled: Array) -> Array:
-        earlier = la.matmul(transition if into is None else into, after)
+        earlier = _push(after, (transition if into is None else into).T)
         return jnp.where(filled, after, earlier)
 
     def follow(block: Any) -> Array:
@@ -367,7 +379,7 @@ def _smooth_blocks(transition: Array, steps: Any) -> tuple[Array, Array]:
     maps = jax.vmap(follow)(blocks)
 
     def skip(backward: Array, block_map: Array) -> tuple[Array, Array]:
-        return la.matmul(backward, block_map), backward
+        return _push(backward, block_map), backward
 
     _, ends = lax.scan(skip, jnp.ones(k, filtered.dtype), maps, reverse=True)
 
