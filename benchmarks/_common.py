@@ -31,6 +31,8 @@ PACKAGES = (
     "gmmx",
     "pomegranate",
     "torch",
+    "hmmlearn",
+    "dynamax",
 )
 
 

@@ -138,28 +138,18 @@ class HMM(AbstractModel):
         data, weights = as_arrays(data), as_arrays(weights)
         self.check(data)
         check_weights(weights, num_units(data))
-        sums, log_likelihood = self._cheapest_sums(as_sequences(data), weights, posterior, key)
+        sums, log_likelihood = self._sums(as_sequences(data), weights, posterior, key)
         return Framed(sums, self), log_likelihood
 
     @eqx.filter_jit  # so that an eager call compiles once
-    def _cheapest_sums(
-        self, data: Sequences, weights: Any, posterior: AbstractPosterior, key: Any
-    ) -> Any:
-        def total(emission: AbstractEmission) -> Any:
-            return replace(self, emission=emission)._sums(data, weights, posterior, key)
-
-        steps = data.steps()
-        small = fits_one_block(num_units(steps), width(self.emission, steps))
-        return with_shortcut(self.emission, total, allowed=not small)
-
     def _sums(self, data: Sequences, weights: Any, posterior: AbstractPosterior, key: Any) -> Any:
         """Sums about self and Σ w log p(x)."""
-        at, coordinates = self.emission.coordinates(), self.transition.coordinates()
+        coordinates = self.transition.coordinates()
 
         def block(sequences: Sequences, w: Any, block_key: Any) -> Any:
             keys = None if block_key is None else jax.random.split(block_key, num_units(sequences))
             present, x = self._usable(sequences, w)
-            log_b = self._log_prob_of_steps(at, x, present)
+            log_b = self._log_prob_of_steps(x, present)
             matrix, pull = jax.vjp(lambda c: self._matrix_at(c, sequences.inputs), coordinates)
             ends = sequences.lengths, keys
             axes = (
@@ -176,14 +166,13 @@ class HMM(AbstractModel):
             later = jnp.where(sequences.within, scale[:, None], 0)[:, 1:]
             moved = _transitions(before[:, :-1], after[:, 1:], later, shape=matrix.shape)
             r = smoothed * jnp.where(present, scale[:, None], 0)[:, :, None]
-            emitted = pull_back(self.emission, at, x, r.reshape(-1, self.num_states))
+            emitted = self._emitted(x, r.reshape(-1, self.num_states))
             return (first, pull(moved)[0], emitted), jnp.sum(scale * likelihood)
 
         (first, moved, emitted), value = sum_over_units(
             block, data, weights, width=self.width(data), key=key
         )
-        moved, emitted = self.transition.statistics(moved), self.emission.statistics(emitted)
-        return (first, moved, emitted), value
+        return (first, self.transition.statistics(moved), emitted), value
 
     def _usable(self, sequences: Sequences, w: Any) -> tuple[Bool[Array, "b t"], PyTree[Array]]:
         """Which steps count, and the steps in one row, with others in place of those that do not.
@@ -196,11 +185,28 @@ class HMM(AbstractModel):
             present = present & ((w != 0)[:, None] | possible)
         return present, substitute(x, present.reshape(-1))
 
-    def _log_prob_of_steps(self, at: Any, x: Any, present: Array) -> Float[Array, "b t k"]:
-        log_b = map_over_units(
-            lambda part: self.emission.log_prob_at(at, part), x, width=width(self.emission, x)
-        )
-        return jnp.where(present[:, :, None], log_b.reshape(*present.shape, -1), 0)
+    def _log_prob_of_steps(self, x: Any, present: Bool[Array, "b t"]) -> Float[Array, "b t k"]:
+        def log_prob_of(emission: AbstractEmission) -> Float[Array, "n k"]:
+            at = emission.coordinates()
+            size = width(emission, x)
+            return map_over_units(lambda part: emission.log_prob_at(at, part), x, width=size)
+
+        log_b = self._cheaply(log_prob_of, x).reshape(*present.shape, -1)
+        return jnp.where(present[:, :, None], log_b, 0)
+
+    def _emitted(self, x: Any, responsibilities: Float[Array, "n k"]) -> PyTree[Array]:
+        """The emission's sums for given responsibilities."""
+
+        def sums(emission: AbstractEmission) -> PyTree[Array]:
+            at = emission.coordinates()
+            return emission.statistics(pull_back(emission, at, x, responsibilities))
+
+        return self._cheaply(sums, x)
+
+    def _cheaply(self, function: Any, x: PyTree[Array]) -> Any:
+        """`function(emission)`, by the cheaper form of the emission; few steps take no choice."""
+        small = fits_one_block(num_units(x), width(self.emission, x))
+        return with_shortcut(self.emission, function, allowed=not small)
 
     def _matrix_at(self, coordinates: Any, inputs: Any) -> Array:
         """The transition matrix (k, k), or one for each step of each sequence (b, t, k, k)."""
@@ -452,7 +458,7 @@ def _map_chains(model: HMM, function: Any, data: Sequences, extra: tuple[Any, ..
     def block(part: Any) -> Any:
         sequences, rest = part
         present, x = model._usable(sequences, None)
-        log_b = model._log_prob_of_steps(model.emission.coordinates(), x, present)
+        log_b = model._log_prob_of_steps(x, present)
         matrix = model._matrix_at(model.transition.coordinates(), sequences.inputs)
         possible = model.emission.in_support(x).reshape(present.shape)
         view = _Chain(model.initial, matrix, log_b, sequences.within, possible)
