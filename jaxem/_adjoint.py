@@ -35,13 +35,15 @@ class Loop(NamedTuple):
     """A fit as a loop over a carry, each part a pure function of the inputs.
 
     The inputs are everything that may carry a derivative: model, data, weights and prior. A
-    carry holds its algorithm's state in the field `state`. `exact` as for the algorithm.
+    carry holds its algorithm's state in the field `state`. `em_step` is a step of plain EM with the
+    same fixed points. `exact` as for the algorithm.
     """
 
     start: Callable[[PyTree[Array]], Any]
     unfinished: Callable[[Any], Bool[Array, ""]]
     advance: Callable[[Any, PyTree[Array]], Any]
     step: Callable[[State, PyTree[Array]], State]
+    em_step: Callable[[State, PyTree[Array]], State]
     max_steps: int
     exact: bool
 
@@ -165,7 +167,7 @@ class Implicit(AbstractAdjoint):
                 "one of the EM map; differentiate this one by adjoint=jaxem.Unrolled()."
             )
         flat, step, em_map = fixed_point_equation(
-            lambda state, inputs: loop.step(_at_rest(state, inputs), inputs), final.state
+            lambda state, inputs: loop.em_step(_at_rest(state, inputs), inputs), final.state
         )
         _, direct = eqx.filter_jvp(lambda u: em_map(flat, u), (inputs,), (inputs_dot,))
         if direct is None:  # nothing but the start moves

@@ -14,7 +14,7 @@ from jaxtyping import Array, PyTree
 from jaxem._em import EM, State
 from jaxem._emission import float_dtype
 from jaxem._fit import fit
-from jaxem._hold import freeze, natural_parameters
+from jaxem._hold import freeze, natural_names, natural_parameters
 from jaxem._model import AbstractModel, all_finite
 from jaxem._posterior import Exact
 from jaxem._solution import RESULTS
@@ -171,7 +171,9 @@ def _plain(outcome: tuple[Framed, Array]) -> Any:
 
 
 def _spoil(leaf: Array) -> Array:
-    """Data that no family accepts, in every unit."""
+    """Data that no family accepts, in every unit; what is observed stays so."""
+    if leaf.dtype == jnp.bool_:
+        return leaf
     bad = jnp.nan if jnp.issubdtype(leaf.dtype, jnp.inexact) else jnp.iinfo(leaf.dtype).min
     return jnp.full_like(leaf, bad)
 
@@ -235,7 +237,10 @@ def _free_leaves(model: Any, data: Any, tol: float) -> str:
 
 
 def _held(model: Any, data: Any, tol: float) -> str:
-    names = _paths(natural_parameters(model)) if hasattr(model, "natural") else []
+    names = natural_names(model) if hasattr(model, "natural") else []
+    # What is held from the start may follow from other parameters, as a stationary start does.
+    already = {name for name, _ in getattr(model, "held", ())}
+    names = [name for name in names if name not in already]
     if not names:
         raise _NotApplicable("it has no named natural parameters")
     statistics, _ = _e_step(model, data)
@@ -245,14 +250,6 @@ def _held(model: Any, data: Any, tol: float) -> str:
         before, after = _lookup(held, name), _lookup(moved, name)
         assert bool(jnp.array_equal(before, after)), f"{name} moved although it is held"
     return ", ".join(names)
-
-
-def _paths(tree: dict[str, Any], before: str = "") -> list[str]:
-    paths = []
-    for name, value in tree.items():
-        below = isinstance(value, dict)
-        paths += _paths(value, f"{before}{name}.") if below else [before + name]
-    return paths
 
 
 def _lookup(model: Any, path: str) -> Array:

@@ -27,7 +27,10 @@ def aic(
 def bic(
     fitted: Any, data: PyTree[Array], *, weights: Float[Array, " n"] | None = None
 ) -> Float[Array, ""]:
-    """Schwarz's criterion, −2 log L + p log n, with n the total weight of the units."""
+    """Schwarz's criterion, −2 log L + p log n, with n the total weight of the units.
+
+    Where units are sequences n counts the steps that were observed, each by its weight.
+    """
     log_likelihood, model, total = _evaluate(fitted, data, weights)
     return -2 * log_likelihood + model.num_free_parameters * jnp.log(total)
 
@@ -40,14 +43,22 @@ def icl(
     Biernacki, Celeux & Govaert (2000), IEEE PAMI 22.
     """
     model, data, weights = checked(fitted, data, weights)
+    if hasattr(model, "sizes"):
+        raise ValueError("icl is for mixtures: the states of a sequence are not independent.")
     return bic(model, data, weights=weights) + 2 * _entropy(model, data, weights)
 
 
 def _evaluate(fitted: Any, data: Any, weights: Any) -> tuple[Array, Any, Array]:
     model, data, weights = checked(fitted, data, weights)
     log_likelihood = _log_likelihood(model, data, weights)
-    total = jnp.asarray(total_weight(data, weights), log_likelihood.dtype)
-    return log_likelihood, model, total
+    return log_likelihood, model, _sample_size(model, data, weights).astype(log_likelihood.dtype)
+
+
+def _sample_size(model: Any, data: Any, weights: Any) -> Array:
+    if not hasattr(model, "sizes"):
+        return jnp.asarray(total_weight(data, weights))
+    sizes = model.sizes(data)
+    return jnp.sum(sizes if weights is None else sizes * weights)
 
 
 @eqx.filter_jit

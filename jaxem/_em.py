@@ -12,39 +12,15 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from jaxem._accumulation import AbstractAccumulation, Full
+from jaxem._guard import is_local, no_worse
 from jaxem._hold import with_held
 from jaxem._model import AbstractModel
 from jaxem._posterior import AbstractExpectation, Exact
 from jaxem._statistics import Framed
-
-
-class AbstractAccumulation(eqx.Module):
-    """How new statistics combine with remembered ones, and which units a step looks at.
-
-    `ascends` says whether an exact step's objective never falls; `exact` whether statistics
-    and objective after a step are those of all the data at the model after the step.
-    """
-
-    ascends: eqx.AbstractVar[bool]
-    exact: eqx.AbstractVar[bool]
-
-    @abc.abstractmethod
-    def init(self, model: AbstractModel, data: PyTree[Array], weights: Any) -> PyTree[Array]:
-        """What is remembered before the first step."""
-
-    @abc.abstractmethod
-    def select(
-        self, memory: PyTree[Array], data: PyTree[Array], weights: Any, step: Array, key: Any
-    ) -> tuple[PyTree[Array], Any]:
-        """The units and unit weights of this step."""
-
-    @abc.abstractmethod
-    def __call__(
-        self, memory: PyTree[Array], new: Framed, objective: Float[Array, ""], step: Array
-    ) -> tuple[PyTree[Array], Framed, Float[Array, ""]]:
-        """Memory, statistics (framed at the newest model) and objective after this step."""
+from jaxem._units import total_weight
 
 
 class AbstractMaximization(eqx.Module):
@@ -68,22 +44,6 @@ class AbstractMaximization(eqx.Module):
         `evaluate(model)` gives the statistics of this step's data about a model, without the
         prior, and its objective, with the log-prior.
         """
-
-
-class Full(AbstractAccumulation):
-    """All the data in every step; nothing is remembered."""
-
-    ascends: ClassVar[bool] = True
-    exact: ClassVar[bool] = True
-
-    def init(self, model, data, weights):
-        return None
-
-    def select(self, memory, data, weights, step, key):
-        return data, weights
-
-    def __call__(self, memory, new, objective, step):
-        return memory, new, objective
 
 
 class ClosedForm(AbstractMaximization):
@@ -129,6 +89,14 @@ class AbstractAlgorithm(eqx.Module):
     @abc.abstractmethod
     def exact(self) -> bool:
         """Whether a state's statistics and objective are those of all the data at its model."""
+
+    @abc.abstractmethod
+    def settles(self, step: Int[Array, ""]) -> Bool[Array, ""] | bool:
+        """Whether a step that hardly moves can mean that the fit has converged."""
+
+    @abc.abstractmethod
+    def em_map(self) -> Any:
+        """Plain EM with the same fixed points: what an implicit derivative differentiates."""
 
     @abc.abstractmethod
     def init(
@@ -188,22 +156,51 @@ class EM(AbstractAlgorithm):
     def exact(self) -> bool:
         return self.accumulation.exact and self.expectation.deterministic
 
+    def settles(self, step):
+        return self.expectation.settles(step) & self.accumulation.settles(step)
+
+    def em_map(self):
+        return EM(self.expectation, self.accumulation, ClosedForm())
+
     def init(self, model, data, *, weights=None, prior=None, key=None):
-        select_key, key = (None, None) if key is None else jax.random.split(key)
         step = jnp.zeros((), jnp.int32)
-        memory = self.accumulation.init(model, data, weights)
-        batch, batch_weights = self.accumulation.select(memory, data, weights, step, select_key)
-        new, log_likelihood = self.expectation(model, batch, batch_weights, step, key)
-        memory, statistics, log_likelihood = self.accumulation(memory, new, log_likelihood, step)
+        if not self.accumulation.exact and is_local(model):
+            raise ValueError(
+                f"{type(self.accumulation).__name__} remembers statistics of earlier models, but "
+                "part of this model has none that hold beyond the model they were taken about; "
+                "use Full()."
+            )
+
+        def evaluate(data: Any, weights: Any, key: Any) -> tuple[Framed, Float[Array, ""]]:
+            return self.expectation(model, data, weights, step, key)
+
+        memory, statistics, log_likelihood = self.accumulation.init(evaluate, data, weights, key)
         objective = log_likelihood + _log_prior(model, prior)
         start = self.maximization.init(model)
         return State(statistics, log_likelihood, objective, step, memory, start)
 
     def step(self, state, data, *, weights=None, prior=None, key=None):
-        select_key, key = (None, None) if key is None else jax.random.split(key)
-        step = state.step + 1
-        memory = state.accumulation
-        batch, batch_weights = self.accumulation.select(memory, data, weights, step, select_key)
+        model, optimiser = self.maximize(state, data, weights=weights, prior=prior, key=key)
+        state = eqx.tree_at(lambda s: s.maximization, state, optimiser, is_leaf=lambda x: x is None)
+
+        def expect(model: AbstractModel) -> State:
+            return self.expect(model, state, data, weights=weights, prior=prior, key=key)
+
+        if self.ascends and self.exact and is_local(model):
+            return no_worse(expect, state, expect(model), total_weight(data, weights))
+        return expect(model)
+
+    def maximize(
+        self,
+        state: State,
+        data: PyTree[Array],
+        *,
+        weights: Float[Array, " n"] | None = None,
+        prior: Framed | None = None,
+        key: Array | None = None,
+    ) -> tuple[AbstractModel, PyTree[Array]]:
+        """The M-step alone: the next model, and what the maximization remembers."""
+        batch, batch_weights, step, key = self._batch(state, data, weights, key)
 
         def evaluate(model: AbstractModel) -> tuple[Framed, Float[Array, ""]]:
             new, log_likelihood = self.expectation(model, batch, batch_weights, step, key)
@@ -211,11 +208,32 @@ class EM(AbstractAlgorithm):
 
         statistics = state.statistics if prior is None else state.statistics + prior
         model, optimiser = self.maximization(statistics, state.maximization, evaluate)
-        model = with_held(model, state.model)
+        return with_held(model, state.model), optimiser
+
+    def expect(
+        self,
+        model: AbstractModel,
+        state: State,
+        data: PyTree[Array],
+        *,
+        weights: Float[Array, " n"] | None = None,
+        prior: Framed | None = None,
+        key: Array | None = None,
+    ) -> State:
+        """The E-step alone: the state that follows `state` with this model."""
+        batch, batch_weights, step, key = self._batch(state, data, weights, key)
         new, log_likelihood = self.expectation(model, batch, batch_weights, step, key)
-        memory, statistics, log_likelihood = self.accumulation(memory, new, log_likelihood, step)
+        memory, statistics, log_likelihood = self.accumulation(
+            state.accumulation, new, log_likelihood, step
+        )
         objective = log_likelihood + _log_prior(statistics.frame, prior)
-        return State(statistics, log_likelihood, objective, step, memory, optimiser)
+        return State(statistics, log_likelihood, objective, step, memory, state.maximization)
+
+    def _batch(self, state: State, data: Any, weights: Any, key: Any) -> tuple[Any, ...]:
+        select_key, key = (None, None) if key is None else jax.random.split(key)
+        step = state.step + 1
+        selected = self.accumulation.select(state.accumulation, data, weights, step, select_key)
+        return *selected, step, key
 
 
 def _log_prior(model: Any, prior: Framed | None) -> Float[Array, ""] | float:

@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import equinox as eqx
 import equinox.internal as eqxi
@@ -29,9 +29,13 @@ class AbstractEmission(eqx.Module):
     Fields are the *unconstrained* leaves, each with the components as leading axis (or 1 where
     they share it), so that any linear combination of two emissions is one. `natural` names, for
     each natural parameter, the leaves behind it.
+
+    `has_sufficient_statistics` is False where the sums know Q only near the model they were taken
+    about (regressions with a link function): steps are then guarded by the objective.
     """
 
     natural: eqx.AbstractClassVar[dict[str, tuple[str, ...]]]
+    has_sufficient_statistics: ClassVar[bool] = True
     held: eqx.AbstractVar[Held]
 
     def __repr__(self) -> str:
@@ -130,6 +134,8 @@ def log_prob(emission: AbstractEmission, x: PyTree[Array]) -> Float[Array, "n k"
 
 def width(emission: AbstractEmission, x: PyTree[Array]) -> int:
     """Numbers held for each unit: one for each component and feature."""
+    if isinstance(inner := getattr(emission, "components", None), AbstractEmission):
+        return width(inner, x)  # a mixture of them
     features = sum(leaf.size // leaf.shape[0] for leaf in jax.tree.leaves(x))
     return features * emission.num_components
 

@@ -234,6 +234,7 @@ def _fit(
         fell = jnp.asarray(algorithm.ascends) & (gain < -300 * rounding)
         still = change <= jnp.maximum(tol, resolution)
         settled = (tol > 0) & still & (jnp.abs(gain) <= jnp.maximum(tol * total, 10 * rounding))
+        settled = settled & algorithm.settles(new.step)
         failed = ~finite | fell
         result = RESULTS.where(settled, RESULTS.converged, carry.result)
         result = RESULTS.where(fell, RESULTS.decreased, result)
@@ -251,13 +252,19 @@ def _fit(
             unfinished=~(failed | settled) & (new.step < max_steps),
         )
 
-    loop = Loop(start, lambda carry: carry.unfinished, advance, step, max_steps, algorithm.exact)
+    def em_step(state: State, inputs: _Inputs) -> State:
+        _, data, weights, prior, *_ = inputs
+        key = inputs.key_at(state.step + 1)
+        return algorithm.em_map().step(state, data, weights=weights, prior=prior, key=key)
+
+    unfinished = lambda carry: carry.unfinished  # noqa: E731
+    loop = Loop(start, unfinished, advance, step, em_step, max_steps, algorithm.exact)
     final = adjoint(loop, inputs)
     _, data, weights, prior, *_ = inputs
     state = final.state
     statistics, log_likelihood, objective = state.statistics, state.log_likelihood, state.objective
     model = state.model
-    if not algorithm.exact:
+    if not (algorithm.exact and algorithm.ascends):
         statistics, log_likelihood = model.e_step(data, weights, posterior=Exact())
         objective = (
             log_likelihood if prior is None else (log_likelihood + model.expected_log_prob(prior))

@@ -9,12 +9,13 @@ array leaf and two models of different structure are different types for JAX.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
 Held = tuple[tuple[str, tuple[bool, ...] | None], ...]
 _T = TypeVar("_T")
@@ -100,6 +101,25 @@ def natural_parameters(module: Any) -> dict[str, Any]:
     return named
 
 
+def natural_names(module: Any) -> list[str]:
+    """Paths to all natural parameters, as `freeze` takes them."""
+
+    def paths(tree: dict[str, Any], before: str) -> Iterator[str]:
+        for name, value in tree.items():
+            here = before + name
+            yield from paths(value, here + ".") if isinstance(value, dict) else (here,)
+
+    return list(paths(natural_parameters(module), ""))
+
+
+def free_numbers(model: _T) -> tuple[jax.Array, Callable[[jax.Array], _T]]:
+    """Unconstrained numbers of a model, and the way back, on which what is held stays."""
+    flat, unravel = ravel_pytree(model)
+    ones, zeros = (unravel(jnp.full_like(flat, value)) for value in (1.0, 0.0))
+    free, _ = ravel_pytree(with_held(ones, zeros))
+    return flat, lambda numbers: unravel(jnp.where(free > 0, numbers, flat))
+
+
 def estimates(model: Any) -> Any:
     """What a fit estimates: natural parameters by name, or a model's own `params`."""
     return natural_parameters(model) if hasattr(model, "natural") else model.params
@@ -150,10 +170,11 @@ def _hold(module: Any, path: list[str], name: str, mask: Any, release: bool = Fa
     if mask is not None:
         mask = tuple(bool(entry) for entry in np.asarray(mask).reshape(-1))
         size = getattr(module, natural[last][0]).shape[0]
-        if len(mask) != size or size != module.num_components:
+        states = hasattr(module, "num_states")
+        if len(mask) != size or size != (module.num_states if states else module.num_components):
             raise ValueError(
                 f"freeze: the mask for {name!r} has {len(mask)} entries; expected one for each "
-                f"component, and a parameter that components share takes no mask."
+                f"{'state' if states else 'component'}, and what is shared takes no mask."
             )
     others = tuple(entry for entry in module.held if entry[0] != last)
     return replace(module, held=others if release else tuple(sorted((*others, (last, mask)))))

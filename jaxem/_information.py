@@ -32,7 +32,7 @@ from jax.scipy.special import ndtri
 from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxem import _linalg as la
-from jaxem._hold import estimates, with_held
+from jaxem._hold import estimates, free_numbers
 from jaxem._model import AbstractModel
 from jaxem._posterior import Exact
 from jaxem._solution import Solution, checked
@@ -198,14 +198,6 @@ def _covariance(fitted: Any, data: Any, weights: Any, prior: Any, robust: bool) 
     return observed_information(fitted, data, weights=weights, prior=prior).covariance()
 
 
-def _numbers(model: AbstractModel) -> tuple[Array, Callable[[Array], AbstractModel]]:
-    """Unconstrained numbers of a model, and the way back, on which what is held stays."""
-    flat, unravel = ravel_pytree(model)
-    ones, zeros = (unravel(jnp.full_like(flat, value)) for value in (1.0, 0.0))
-    free, _ = ravel_pytree(with_held(ones, zeros))
-    return flat, lambda numbers: unravel(jnp.where(free > 0, numbers, flat))
-
-
 def _each_direction(
     product: Callable[[Array], Array], size: int, dtype: Any, numbers: int
 ) -> Array:
@@ -216,7 +208,7 @@ def _each_direction(
 
 @eqx.filter_jit
 def _observed(model: AbstractModel, data: Any, weights: Any, prior: Framed | None) -> Information:
-    flat, rebuild = _numbers(model)
+    flat, rebuild = free_numbers(model)
 
     def objective(numbers: Array) -> Array:
         new = rebuild(numbers)
@@ -232,7 +224,7 @@ def _observed(model: AbstractModel, data: Any, weights: Any, prior: Framed | Non
 @eqx.filter_jit
 def _scatter_of_scores(model: AbstractModel, data: Any, weights: Any) -> Float[Array, "p p"]:
     """Σ w s sᵀ, column by column: s·v of every unit, then the score of weights w ∘ (s·v)."""
-    flat, rebuild = _numbers(model)
+    flat, rebuild = free_numbers(model)
     weights = jnp.ones(num_units(data), flat.dtype) if weights is None else weights
 
     def log_likelihood(numbers: Array, weights: Array) -> Array:
@@ -249,7 +241,7 @@ def _scatter_of_scores(model: AbstractModel, data: Any, weights: Any) -> Float[A
 @eqx.filter_jit
 def _delta(information: Information, meat: Float[Array, "p p"] | None) -> Covariance:
     model, matrix, score = information.model, information.matrix, information.score
-    flat, rebuild = _numbers(model)
+    flat, rebuild = free_numbers(model)
     named = estimates(model)
     values, unravel = ravel_pytree(named)
     # Unit diagonal first: whether a direction is determined must not depend on units of measure.

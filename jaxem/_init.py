@@ -32,8 +32,7 @@ def pooled(
     check_weights(weights, n)
     cls, keywords = build(family)
     if weights is None:
-        floating = [leaf.dtype for leaf in jax.tree.leaves(data) if _floats(leaf)]
-        weights = jnp.ones(n, jnp.result_type(*floating) if floating else float)
+        weights = jnp.ones(n, floating(data))
     else:
         data = substitute(data, weights > 0)
     components = cls.pooled(data, num_components, weights, **keywords)
@@ -41,8 +40,11 @@ def pooled(
     return components
 
 
-def _floats(leaf: Array) -> bool:
-    return jnp.issubdtype(leaf.dtype, jnp.floating)
+def floating(data: PyTree[Array]) -> Any:
+    """The dtype of the floating data, or JAX's default where there are none."""
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(data)]
+    dtypes = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
+    return jnp.result_type(*dtypes) if dtypes else jnp.dtype(float)
 
 
 def seed(
@@ -61,7 +63,15 @@ def seed(
         raise ValueError(f"{num_components} components cannot start from {n} units.")
     if method not in ("k-means++", "random"):
         raise ValueError(f'method must be "k-means++" or "random", got {method!r}.')
-    return _seed(key, data, pooled(data, 1, family, weights), num_components, weights, method)
+    whole: Any = pooled(data, 1, family, weights)
+    parts = getattr(whole, "components", None)
+    if not isinstance(parts, AbstractEmission):
+        return _seed(key, data, whole, num_components, weights, method)
+    size = parts.num_components  # each part of a mixture starts around a unit of its own
+    if num_components * size > n:
+        raise ValueError(f"{num_components} × {size} parts cannot start from {n} units.")
+    alone = jax.tree.map(lambda leaf: leaf[:1], parts)
+    return whole.of(_seed(key, data, alone, num_components * size, weights, method, size))
 
 
 @eqx.filter_jit
@@ -72,6 +82,7 @@ def _seed(
     num_components: int,
     weights: Float[Array, " n"] | None,
     method: str,
+    group_size: int = 1,
 ) -> AbstractEmission:
     n = num_units(data)
     if weights is not None:
@@ -92,7 +103,26 @@ def _seed(
     total = jnp.sum(mass * around_all)
     spread = jnp.sum(mass * closest) / jnp.where(total > 0, total, 1)
     spread = jnp.clip(spread, jnp.finfo(dtype).eps, 1)
-    return whole.located_at(_take(data, indices), spread)
+    units = _take(data, indices)
+    if group_size > 1:
+        gaps = deviance(whole, units, jnp.arange(num_components))
+        units = _take(units, _grouped(gaps, group_size))
+    return whole.located_at(units, spread)
+
+
+def _grouped(gaps: Float[Array, "s s"], size: int) -> Int[Array, " s"]:
+    """An order of the seeds in groups: each joins the closest of the first ones that has room."""
+    num_seeds = gaps.shape[0]
+    num_groups = num_seeds // size
+
+    def join(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        group, room = carry
+        closest = jnp.argmin(jnp.where(room > 0, gaps[j, :num_groups], jnp.inf))
+        return group.at[j].set(closest), room.at[closest].add(-1)
+
+    group = jnp.arange(num_seeds) % num_groups
+    start = (group, jnp.full(num_groups, size - 1))
+    return jnp.argsort(lax.fori_loop(num_groups, num_seeds, join, start)[0])
 
 
 def kmeans_plus_plus(

@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxem import chain
+from jaxem._schedules import AbstractSchedule, Geometric
 from jaxem._statistics import Framed
 
 
@@ -32,6 +33,10 @@ class AbstractExpectation(eqx.Module):
         self, model: Any, data: PyTree[Array], weights: Any, step: Int[Array, ""], key: Any
     ) -> tuple[Framed, Float[Array, ""]]:
         """Statistics of the data about `model`, and the objective they belong to."""
+
+    @abc.abstractmethod
+    def settles(self, step: Int[Array, ""]) -> Bool[Array, ""] | bool:
+        """Whether a step that hardly moves can mean that the fit has converged."""
 
 
 class AbstractPosterior(AbstractExpectation):
@@ -67,6 +72,9 @@ class Exact(AbstractPosterior):
     def __call__(self, model, data, weights, step, key):
         return model.e_step(data, weights, posterior=self, key=key)
 
+    def settles(self, step):
+        return True
+
     def marginalize(self, log_joint, key=None):
         # Components lead inside: reductions then run along units, which vectorises.
         log_joint = log_joint.T
@@ -93,6 +101,9 @@ class Hard(AbstractPosterior):
     def __call__(self, model, data, weights, step, key):
         return model.e_step(data, weights, posterior=self, key=key)
 
+    def settles(self, step):
+        return True
+
     def marginalize(self, log_joint, key=None):
         log_joint = log_joint.T
         first = jnp.argmax(log_joint, axis=0)
@@ -102,3 +113,138 @@ class Hard(AbstractPosterior):
     def marginalize_chain(self, initial, transition, log_prob, length, key):
         paths, value = chain.viterbi(initial, transition, log_prob, length=length)
         return chain.along(paths[0], value[0], transition)
+
+
+class Tempered(AbstractPosterior):
+    """The posterior at a temperature T, p(z | x)^(1/T): flatter where T > 1, sharper below.
+
+    Its objective is the free energy T Σ log Σₖ p(x, z = k)^(1/T).
+
+    **Arguments:** `temperature`, positive.
+    """
+
+    ascends: ClassVar[bool] = True
+    deterministic: ClassVar[bool] = True
+    temperature: Float[Array, ""] | float
+
+    def __call__(self, model, data, weights, step, key):
+        return model.e_step(data, weights, posterior=self, key=key)
+
+    def settles(self, step):
+        return True
+
+    def marginalize(self, log_joint, key=None):
+        log_prob, responsibilities = Exact().marginalize(log_joint / self.temperature)
+        return self.temperature * log_prob, responsibilities
+
+    def marginalize_chain(self, initial, transition, log_prob, length, key):
+        # With its rows normalised the tempered chain is one, if what a row summed to goes to
+        # the state that is left there.
+        start, moves = _root(initial, self.temperature), _root(transition, self.temperature)
+        total, totals = jnp.sum(start), jnp.sum(moves, axis=-1)
+        steps = jnp.arange(len(log_prob))
+        left = (steps < (len(log_prob) if length is None else length) - 1)[:, None]
+        tempered = log_prob / self.temperature + jnp.where(left, jnp.log(totals), 0)
+        chances = moves / totals[..., None]
+        found = chain.smoothing(start / total, chances, tempered)
+        ratio = jnp.where(transition > 0, chances / jnp.where(transition > 0, transition, 1), 0)
+        value = self.temperature * (found.log_likelihood + jnp.log(total))
+        return found._replace(log_likelihood=value, ratio=ratio)
+
+
+def _root(probability: Array, order: Any) -> Array:
+    """probability^(1/order), with zeros that have a finite derivative."""
+    positive = probability > 0
+    return jnp.where(positive, jnp.where(positive, probability, 1) ** (1 / order), 0)
+
+
+class Annealed(AbstractExpectation):
+    """Deterministic annealing: the posterior at a temperature that falls to 1.
+
+    A fit converges at temperature 1 only.
+
+    **Arguments:** `temperature`, a schedule that ends at 1; default: from 5 by a factor of 0.9.
+
+    Ueda & Nakano (1998), Neural Networks 11.
+    """
+
+    ascends: ClassVar[bool] = False
+    deterministic: ClassVar[bool] = True
+    temperature: AbstractSchedule = Geometric(5.0, 0.9)
+
+    def __call__(self, model, data, weights, step, key):
+        posterior = Tempered(self.temperature(step))
+        return model.e_step(data, weights, posterior=posterior, key=key)
+
+    def settles(self, step):
+        return self.temperature(step) == 1
+
+
+class _OneDraw(AbstractPosterior):
+    """All mass on one latent that is drawn from the exact posterior."""
+
+    ascends: ClassVar[bool] = False
+    deterministic: ClassVar[bool] = False
+
+    def __call__(self, model, data, weights, step, key):
+        return model.e_step(data, weights, posterior=self, key=key)
+
+    def settles(self, step):
+        return False
+
+    def marginalize(self, log_joint, key):
+        log_prob, _ = Exact().marginalize(log_joint)
+        drawn = jax.random.categorical(key, jax.lax.stop_gradient(log_joint), axis=1)
+        return log_prob, jax.nn.one_hot(drawn, log_joint.shape[1], dtype=log_joint.dtype)
+
+    def marginalize_chain(self, initial, transition, log_prob, length, key):
+        forward = chain.filtering(initial, transition, log_prob)
+        path = chain.sample_path(key, jax.lax.stop_gradient(forward.filtered), transition)
+        return chain.along(path, forward.log_likelihood, transition)
+
+
+class Sampled(AbstractExpectation):
+    """Draws of the latent in place of its posterior: stochastic and Monte-Carlo EM.
+
+    With one draw this is SEM; with a number that grows it is Monte-Carlo EM; with `Running` as
+    accumulation, SAEM. The objective is the log-likelihood of the model that was drawn from.
+
+    **Arguments:** `num_draws`, averaged at each step, a number or a schedule that is rounded up.
+    Each draw costs an E-step. Needs the `key` of `fit`.
+
+    **Raises:** `ValueError` for less than one draw, or without a key.
+
+    Celeux & Diebolt (1985), Comp. Stat. Quarterly 2; Wei & Tanner (1990), JASA 85; Delyon, Lavielle
+    & Moulines (1999), Ann. Stat. 27.
+    """
+
+    ascends: ClassVar[bool] = False
+    deterministic: ClassVar[bool] = False
+    num_draws: int | AbstractSchedule = eqx.field(static=True, default=1)
+
+    def __check_init__(self):
+        draws = self.num_draws
+        counted = isinstance(draws, int) and not isinstance(draws, bool) and draws >= 1
+        if not (counted or isinstance(draws, AbstractSchedule)):
+            raise ValueError(f"Sampled takes a number of draws ≥ 1 or a schedule, got {draws!r}.")
+
+    def __call__(self, model, data, weights, step, key):
+        if key is None:
+            raise ValueError("Sampled draws at random: give fit (or init and step) a key.")
+        posterior = _OneDraw()
+
+        def draw(number: Any) -> tuple[Framed, Array]:
+            own = jax.random.fold_in(key, number)
+            return model.e_step(data, weights, posterior=posterior, key=own)
+
+        if self.num_draws == 1:
+            return draw(0)
+        draws = self.num_draws
+        most = draws if isinstance(draws, int) else jnp.ceil(draws(step)).astype(jnp.int32)
+        first, objective = draw(0)
+        add = lambda number, total: jax.tree.map(jnp.add, total, draw(number)[0].sums)  # noqa: E731
+        sums = jax.lax.fori_loop(1, most, add, first.sums)
+        return Framed(jax.tree.map(lambda leaf: leaf / most, sums), first.frame), objective
+
+    def settles(self, step):
+        return False

@@ -101,7 +101,8 @@ def convergence_rate(
         raise ValueError(
             f"num_eigenvalues must lie between 1 and krylov_steps, got {num_eigenvalues}."
         )
-    return _rate(model, data, algorithm, weights, prior, num_eigenvalues, krylov_steps)
+    em_map = algorithm.em_map()
+    return _rate(model, data, em_map, weights, prior, num_eigenvalues, krylov_steps)
 
 
 @eqx.filter_jit

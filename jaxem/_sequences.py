@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -90,6 +91,12 @@ class Sequences(eqx.Module):
             raise ValueError(f"a sequence has {max(lengths)} steps, more than num_steps={steps}.")
 
         def batch(parts: Sequence[Any]) -> Any:
+            if [_length(part) for part in parts] != lengths:
+                raise ValueError(
+                    f"observed and inputs need an entry for each step of each sequence; there are "
+                    f"{len(lengths)} sequences of lengths {lengths[:8]}…, got "
+                    f"{[_length(part) for part in parts][:8]}…"
+                )
             return jax.tree.map(lambda *leaves: jnp.asarray(_filled_up(leaves, steps)), *parts)
 
         return cls(
@@ -124,8 +131,11 @@ class Sequences(eqx.Module):
                 raise ValueError(f"starts must hold {n} booleans, the first of them True.")
         else:
             sizes = np.asarray(lengths)
-            if sizes.ndim != 1 or np.any(sizes < 1) or sizes.sum() != n:
-                raise ValueError(f"lengths must be positive and sum to the {n} steps of values.")
+            whole = np.issubdtype(sizes.dtype, np.integer)
+            if sizes.ndim != 1 or not whole or np.any(sizes < 1) or sizes.sum() != n:
+                raise ValueError(
+                    f"lengths must be positive integers that sum to the {n} steps of values."
+                )
             begins = np.cumsum(sizes) - sizes
         ends = [*begins[1:], n]
         parts = [
@@ -147,9 +157,55 @@ class Sequences(eqx.Module):
         """Which steps lie within their sequences and were observed."""
         return self.within if self.observed is None else self.within & self.observed
 
+    def driving(self, weights: Float[Array, " b"] | None = None) -> Float[Array, "b t p"] | None:
+        """The inputs, with zeros in place of those that drive no transition.
+
+        Those are of first steps, beyond the ends, and, where they are not finite, of sequences
+        of weight 0.
+        """
+        if self.inputs is None:
+            return None
+        drives = self.within & (jnp.arange(self.inputs.shape[1]) > 0)
+        if weights is not None:
+            drives &= (weights != 0)[:, None] | jnp.all(jnp.isfinite(self.inputs), axis=2)
+        return jnp.where(drives[:, :, None], self.inputs, 0)
+
     def steps(self) -> PyTree[Array]:
         """The values with all steps of all sequences along one axis, (b·t, …)."""
         return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), self.values)
+
+    def lagged(self, order: int) -> Sequences:
+        """Each step beside the `order` steps before it: (lags, x), inputs and outputs of an AR-HMM.
+
+        Lags (b, t − order, order · d) hold the step before first, then the one before that. The
+        first `order` steps of each sequence only serve as lags: the likelihood is given them. A
+        step is observed where it and all its lags are.
+
+        **Arguments:** `order` ≥ 1. The values must be one array (b, t, d).
+
+        **Raises:** `ValueError` for other values, or a sequence of no more than `order` steps.
+        """
+        if not eqx.is_array(self.values) or self.values.ndim != 3:
+            raise ValueError("lagged needs values of one array (b, t, d).")
+        t = self.values.shape[1]
+        if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order < t:
+            raise ValueError(f"order must be an integer from 1 to {t - 1}, got {order!r}.")
+        if self.lengths is not None:
+            longer = self.lengths > order
+            check_values(longer, f"a sequence has no more than the {order} steps of its lags.")
+
+        def before(leaf: Array) -> list[Array]:
+            return [leaf[:, order - lag : t - lag] for lag in range(1, order + 1)]
+
+        observed = self.observed
+        if observed is not None:
+            observed = functools.reduce(jnp.logical_and, before(observed), observed[:, order:])
+        return Sequences(
+            (jnp.concatenate(before(self.values), axis=2), self.values[:, order:]),
+            None if self.lengths is None else self.lengths - order,
+            observed=observed,
+            inputs=None if self.inputs is None else self.inputs[:, order:],
+        )
 
 
 def as_sequences(data: Any) -> Sequences:
@@ -193,14 +249,19 @@ def _checked_lengths(lengths: ArrayLike, b: int, t: int) -> Int[Array, " b"]:
 def _length(sequence: PyTree[Any]) -> int:
     lengths = {np.shape(leaf)[0] for leaf in jax.tree.leaves(sequence) if np.ndim(leaf)}
     if len(lengths) != 1:
-        raise ValueError(f"the leaves of one sequence must share their length, got {lengths}.")
+        raise ValueError(
+            f"a sequence has arrays of shape (t, …) that share t; got lengths {sorted(lengths)}."
+        )
     return lengths.pop()
 
 
 def _filled_up(leaves: Sequence[Any], steps: int) -> np.ndarray:
     """Arrays (tᵢ, …) as one (b, steps, …), each repeating its last step behind its end."""
-    first = np.asarray(leaves[0])
-    out = np.empty((len(leaves), steps, *first.shape[1:]), first.dtype)
+    shapes = {np.shape(leaf)[1:] for leaf in leaves}
+    if len(shapes) > 1:
+        raise ValueError(f"the steps of all sequences must have one shape, got {sorted(shapes)}.")
+    dtype = jnp.result_type(*(leaf.dtype for leaf in map(np.asarray, leaves)))
+    out = np.empty((len(leaves), steps, *shapes.pop()), dtype)
     for row, leaf in zip(out, leaves, strict=True):
         row[: len(leaf)] = leaf
         row[len(leaf) :] = leaf[-1]

@@ -43,6 +43,9 @@ class Sharded(AbstractExpectation):
     def deterministic(self) -> bool:
         return self.expectation.deterministic
 
+    def settles(self, step):
+        return self.expectation.settles(step)
+
     def __call__(self, model, data, weights, step, key):
         units, whole = PartitionSpec(self.axis), PartitionSpec()
 

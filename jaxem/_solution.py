@@ -42,7 +42,8 @@ class RESULTS(eqx.Enumeration):
     )
     invalid_data = (
         "The data hold a NaN, an infinity or a value outside the family's support; give such "
-        "units weight 0, or remove them."
+        "units weight 0, or remove them. (Of sequences, model.first_impossible(data) says at "
+        "which step.)"
     )
     invalid_weights = (
         "The weights hold a NaN, an infinity or a negative number, or no positive one."

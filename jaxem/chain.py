@@ -60,12 +60,15 @@ class Smoothed(NamedTuple):
     - `log_likelihood`: log p(x).
     - `smoothed` (t, k): P(zₜ | x).
     - `before`, `after` (t, k): P(zₜ₋₁ = i, zₜ = j | x) = before[t−1, i] · Aᵢⱼ · after[t, j].
+    - `ratio`: what Aᵢⱼ is multiplied by there, if the chain that was smoothed has transitions of
+      its own; None for 1.
     """
 
     log_likelihood: Float[Array, ""]
     smoothed: Float[Array, "t k"]
     before: Float[Array, "t k"]
     after: Float[Array, "t k"]
+    ratio: Array | None = None
 
 
 def filtering(
@@ -82,7 +85,7 @@ def filtering(
     steps = (log_prob, transition) if transition.ndim == 3 else (log_prob, None)
     run = _filter_blocks if _in_parallel(log_prob, parallel) else _filter_steps
     filtered, gain, increments = run(initial, transition, steps)
-    return Filtered(_accurate_sum(increments), filtered, gain, increments)
+    return Filtered(accurate_sum(increments), filtered, gain, increments)
 
 
 def smoothing(
@@ -204,7 +207,7 @@ def forecast(
     """State probabilities 1 … `num_steps` steps after a step whose state has those of `state`."""
 
     def step(now: Array, _: None) -> tuple[Array, Array]:
-        following = _push(now, transition)
+        following = push(now, transition)
         return following, following
 
     return lax.scan(step, state, length=num_steps)[1]
@@ -214,13 +217,13 @@ def stationary(transition: Float[Array, "k k"]) -> Float[Array, " k"]:
     """The stationary distribution δ = δ A of an irreducible chain: δ (I − A + 1) = 1."""
     k = transition.shape[0]
     eye = jnp.eye(k, dtype=transition.dtype)
-    return jnp.linalg.solve((eye - transition + 1).T, jnp.ones(k, transition.dtype))
+    return jnp.sum(la.inverse(eye - transition + 1), axis=0)
 
 
 # One step
 
 
-def _push(state: Float[Array, " k"], transition: Float[Array, "k k"]) -> Float[Array, " k"]:
+def push(state: Float[Array, " k"], transition: Float[Array, "k k"]) -> Float[Array, " k"]:
     """State probabilities one step on. Small sums join the loop's other work, unlike products."""
     if transition.shape[0] > 16:
         return la.matmul(state, transition)
@@ -235,23 +238,41 @@ def _filter_step(predicted: Array, log_b: Array) -> tuple[Array, Array, Array]:
     """
     top = lax.stop_gradient(jnp.max(jnp.where(predicted > 0, log_b, -jnp.inf)))
     top = jnp.where(top > -jnp.inf, top, 0)
-    joint = predicted * _likelihood(log_b, top)
+    joint = predicted * relative_likelihood(log_b, top)
     total = jnp.sum(joint)
-    return joint / _positive(total), top, total
+    return _over(joint, positive(total)), top, total
 
 
-def _likelihood(log_b: Array, top: Array) -> Array:
-    return jnp.exp(jnp.minimum(log_b - top, 0))
+@jax.custom_jvp
+def _over(a: Array, b: Array) -> Array:
+    """a / b, whose derivative divides by b twice instead of by b², which may underflow."""
+    return a / b
 
 
-def _positive(total: Array) -> Array:
-    """The total, or where it is zero a number that divides the zeros it sums."""
-    return jnp.maximum(total, jnp.finfo(total.dtype).tiny)
+@_over.defjvp
+def _over_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    (a, b), (a_dot, b_dot) = primals, tangents
+    ratio = _over(a, b)
+    return ratio, _over(a_dot - ratio * b_dot, b)
 
 
-def _log_increment(top: Array, total: Array) -> Array:
-    possible = total > 0
-    return top + jnp.where(possible, jnp.log(jnp.where(possible, total, 1)), -jnp.inf)
+def relative_likelihood(log_b: Array, top: Array) -> Array:
+    # At most 0 where a state can be reached. The bound is 1 because 0 would be a tie for the
+    # likeliest state, at which half of its derivative is lost.
+    return jnp.exp(jnp.minimum(log_b - top, 1))
+
+
+def positive(total: Array) -> Array:
+    """The total, or where it is zero a number that divides the zeros it sums.
+
+    Not a small one: derivatives are multiplied by its inverse.
+    """
+    return jnp.where(total > 0, total, 1)
+
+
+def log_increment(top: Array, total: Array) -> Array:
+    impossible = total <= 0  # a NaN stays one
+    return top + jnp.where(impossible, -jnp.inf, jnp.log(jnp.where(impossible, 1, total)))
 
 
 def _filter_steps(initial: Array, transition: Array, steps: Any) -> tuple[Array, Array, Array]:
@@ -263,19 +284,21 @@ def _filter_steps(initial: Array, transition: Array, steps: Any) -> tuple[Array,
     def step(predicted: Array, here: Any) -> tuple[Array, Array]:
         log_b, out_of = here
         filtered, *_ = _filter_step(predicted, log_b)
-        return _push(filtered, transition if out_of is None else out_of), predicted
+        return push(filtered, transition if out_of is None else out_of), predicted
 
     _, predicted = lax.scan(step, initial, steps)
     log_prob, _ = steps
     filtered, top, total = jax.vmap(_filter_step)(predicted, log_prob)
-    gain = _likelihood(log_prob, top[:, None]) / _positive(total)[:, None]
-    return filtered, gain, _log_increment(top, total)
+    # A state that cannot be reached has no gain: along it β would grow without bound.
+    likelihood = jnp.where(filtered > 0, relative_likelihood(log_prob, top[:, None]), 0)
+    gain = _over(likelihood, positive(total)[:, None])
+    return filtered, gain, log_increment(top, total)
 
 
 def _smooth_step(backward: Array, filtered: Array, gain: Array) -> tuple[Array, Array]:
     """P(zₜ | x) and gₜ ∘ βₜ, scaled so that the former sums to one."""
     joint = filtered * backward
-    total = _positive(lax.stop_gradient(jnp.sum(joint)))  # one, to rounding
+    total = positive(lax.stop_gradient(jnp.sum(joint)))  # one, to rounding
     return joint / total, gain * (backward / total)
 
 
@@ -283,7 +306,7 @@ def _smooth_steps(transition: Array, steps: Any) -> tuple[Array, Array]:
     def step(backward: Array, here: Any) -> tuple[Array, tuple[Array, Array]]:
         filtered, gain, into = here
         smoothed, after = _smooth_step(backward, filtered, gain)
-        earlier = _push(after, (transition if into is None else into).T)
+        earlier = push(after, (transition if into is None else into).T)
         return earlier, (smoothed, after)
 
     filtered, gain, out_of = steps
@@ -329,8 +352,8 @@ def _filter_blocks(initial: Array, transition: Array, steps: Any) -> tuple[Array
             predicted, total = carry
             log_b, out = here
             filtered, top, sum_here = _filter_step(predicted, log_b)
-            following = _push(filtered, transition if out is None else out)
-            return (following, total + _log_increment(top, sum_here)), None
+            following = push(filtered, transition if out is None else out)
+            return (following, total + log_increment(top, sum_here)), None
 
         zero = jnp.zeros((), log_prob.dtype)
         return lax.scan(step, (start, zero), block)[0]
@@ -340,7 +363,7 @@ def _filter_blocks(initial: Array, transition: Array, steps: Any) -> tuple[Array
     def skip(predicted: Array, block_map: tuple[Array, Array]) -> tuple[Array, Array]:
         rows, log_totals = block_map
         joint, *_ = _filter_step(predicted, log_totals)
-        return _push(joint, rows), predicted
+        return push(joint, rows), predicted
 
     _, starts = lax.scan(skip, initial, maps)
     run = jax.vmap(lambda start, block: _filter_steps(start, transition, block))
@@ -364,7 +387,7 @@ def _smooth_blocks(transition: Array, steps: Any) -> tuple[Array, Array]:
     )
 
     def before(after: Array, into: Array | None, filled: Array) -> Array:
-        earlier = _push(after, (transition if into is None else into).T)
+        earlier = push(after, (transition if into is None else into).T)
         return jnp.where(filled, after, earlier)
 
     def follow(block: Any) -> Array:
@@ -379,7 +402,7 @@ def _smooth_blocks(transition: Array, steps: Any) -> tuple[Array, Array]:
     maps = jax.vmap(follow)(blocks)
 
     def skip(backward: Array, block_map: Array) -> tuple[Array, Array]:
-        return _push(backward, block_map), backward
+        return push(backward, block_map), backward
 
     _, ends = lax.scan(skip, jnp.ones(k, filtered.dtype), maps, reverse=True)
 
@@ -404,6 +427,6 @@ def _largest(rows: Float[Array, "r c"], count: int) -> tuple[Array, Array]:
     return largest, places
 
 
-def _accurate_sum(values: Float[Array, " t"]) -> Float[Array, ""]:
+def accurate_sum(values: Float[Array, " t"]) -> Float[Array, ""]:
     """A sum whose rounding grows with √T/T of a plain one: sums of sums."""
     return jnp.sum(jnp.sum(_in_blocks(values), axis=1))

@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,16 @@ import pytest
 HERE = pathlib.Path(__file__).parent / "data"
 SHARED = HERE.parents[2] / "shared" / "gold"  # data that may not be redistributed
 
-CASES = {case["id"]: case for case in json.loads((HERE / "gold.json").read_text())}
+
+def _read(name: str) -> dict[str, Any]:
+    return {case["id"]: case for case in json.loads((HERE / f"{name}.json").read_text())}
+
+
+CASES = _read("gold")
+REGRESSIONS = _read("gold_regression")
+ROBUST = _read("gold_robust")
+CHAINS = _read("gold_hmm")
+_ALL = CASES | REGRESSIONS | ROBUST | CHAINS
 
 
 @functools.cache
@@ -25,18 +35,18 @@ def table(name: str) -> pd.DataFrame:
 
 
 def expected(case: str, key: str):
-    return CASES[case]["expected"][key]["value"]
+    return _ALL[case]["expected"][key]["value"]
 
 
 def tolerance(case: str) -> float:
     """The tightest tolerance of any number that only a converged fit reaches."""
-    entries = CASES[case]["expected"].values()
+    entries = _ALL[case]["expected"].values()
     return min(e["atol"] for e in entries if e["kind"] in ("mle", "exact") and e.get("atol"))
 
 
 def match(case: str, key: str, value) -> None:
     """Asserts |value − expected| ≤ atol + rtol·|expected|."""
-    entry = CASES[case]["expected"][key]
+    entry = _ALL[case]["expected"][key]
     pairs = [(value, entry["value"])]
     if isinstance(entry["value"], dict):
         assert value.keys() == entry["value"].keys()

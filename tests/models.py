@@ -33,6 +33,8 @@ TALLIES = np.where(
     _rng.multinomial(7, [0.6, 0.3, 0.1], N),
 )
 DURATIONS = _rng.exponential(1 + 3 * _side[:, None], (N, 2))
+BEARINGS = np.column_stack([POINTS - 1, POINTS[:, 0] ** 2])
+BEARINGS = BEARINGS / np.linalg.norm(BEARINGS, axis=1, keepdims=True)
 
 MEAN = np.array([[0.3, -0.2], [1.9, 2.4]])
 FULL = np.array([[[1.0, 0.2], [0.2, 0.8]], [[1.5, -0.3], [-0.3, 0.9]]])
@@ -54,6 +56,45 @@ def _scaled(c):
 def _case(components, data, prior):
     data = jax.tree.map(jnp.asarray, data)
     return Case(_mixture(components), data, prior(components))
+
+
+def _chains(states, num_sequences, num_steps, seed):
+    """State paths that stay two steps out of three, and a generator for what they emit."""
+    rng = np.random.default_rng(seed)
+    moves = np.where(rng.random((num_sequences, num_steps)) < 2 / 3, 0, 1)
+    return (rng.integers(0, states, (num_sequences, 1)) + np.cumsum(moves, axis=1)) % states, rng
+
+
+_path, _draw = _chains(2, 14, 9, 1)
+SEQUENCES = _draw.normal(size=(14, 9, 2)) + 1.8 * _path[:, :, None]
+LENGTHS = np.tile([9, 6, 8, 4, 9, 7, 2], 2)
+OBSERVED = _draw.random((14, 9)) < 0.9
+COUNTED = _draw.poisson(2 + 5 * _path[:, :, None])
+DRIVES = _draw.normal(size=(14, 9, 1))
+CODED = np.where(
+    _draw.random((14, 9, 2)) < 0.7, _path[:, :, None], _draw.integers(0, 3, (14, 9, 2))
+)
+_ahead, _draw = _chains(1, 14, 9, 2)
+_ahead = np.minimum(np.cumsum(_draw.random((14, 9)) < 0.4, axis=1), 2)
+STAGES = _draw.normal(size=(14, 9, 1)) + 2.0 * _ahead[:, :, None]
+STAY = np.array([[0.8, 0.2], [0.3, 0.7]])
+PART_RATES = np.array([[1.0, 3.0], [3.0, 1.0], [6.0, 4.0], [4.0, 8.0]])
+
+
+_slopes = np.array([[1.0, 0.3], [-0.8, 0.5]])
+INPUTS = np.random.default_rng(3).normal(size=(N, 2)) + [3.0, -1.0]
+_level = np.sum(INPUTS * _slopes[_side], axis=1, keepdims=True)
+RESPONSES = _level + np.random.default_rng(4).normal(size=(N, 1)) * 0.6
+ANSWERS = (np.random.default_rng(5).random((N, 3)) < 0.2 + 0.6 * _side[:, None]).astype(int)
+EVENTS = np.random.default_rng(6).poisson(np.exp(1 + 0.4 * _level))
+
+
+def _ragged(values):
+    return jaxem.Sequences(values, LENGTHS, observed=OBSERVED)
+
+
+def _hmm(initial, transition, emission, data):
+    return Case(jaxem.HMM(initial, transition, emission), jax.tree.map(jnp.asarray, data))
 
 
 def _plain_e_step(params, data, weights=None):
@@ -115,6 +156,76 @@ CASES = {
         (POINTS, COUNTS),
         lambda c: c.prior(None, c.parts[1].prior(2.0, 0.5)),
     ),
+    "linear-regression": lambda: _case(
+        jaxem.LinearRegression([[[0.8, 0.2]], [[-0.6, 0.4]]], [[0.2], [1.2]], np.ones((2, 1, 1))),
+        (INPUTS, RESPONSES),
+        lambda c: c.prior(precision=0.5, bias=[0.3], bias_count=0.5, covariance_count=6.0),
+    ),
+    "logistic-regression": lambda: _case(
+        jaxem.LogisticRegression(np.full((2, 3, 2), 0.1), [[-1.0] * 3, [1.0] * 3]),
+        (INPUTS, ANSWERS),
+        lambda c: c.prior(precision=2.0, bias_precision=1.0),
+    ),
+    "poisson-regression": lambda: _case(
+        jaxem.PoissonRegression([[[0.3, 0.0]], [[-0.2, 0.1]]], [[0.8], [1.2]]),
+        (INPUTS, EVENTS),
+        lambda c: c.prior(precision=0.5),
+    ),
+    "student-t": lambda: _case(
+        jaxem.StudentT(MEAN, FULL, [4.0, 9.0]),
+        POINTS,
+        lambda c: c.prior([0.5, 1.0], 1.5, FULL[0], 7.0, dof=6.0, dof_count=4.0),
+    ),
+    "negative-binomial": lambda: _case(
+        jaxem.NegativeBinomial([[1.0, 3.0], [5.0, 4.0]], [[2.0, 8.0], [4.0, 3.0]]),
+        COUNTS,
+        lambda c: c.prior(4.0, 2.0, 3.0),
+    ),
+    "gamma": lambda: _case(
+        jaxem.Gamma([[1.0, 2.5], [1.5, 0.8]], [[1.0, 1.5], [0.4, 0.2]]),
+        DURATIONS,
+        lambda c: c.prior(1.5, 0.5, 3.0),
+    ),
+    "von-mises-fisher": lambda: _case(
+        jaxem.VonMisesFisher([[-1.0, -1.0, 1.0], [1.0, 1.0, 1.0]], [2.0, 6.0]),
+        BEARINGS,
+        lambda c: c.prior([0.0, 0.0, 1.0], 3.0, 2.0),
+    ),
+    "mixture-emission": lambda: _case(
+        jaxem.MixtureEmission([[0.4, 0.6], [0.5, 0.5]], jaxem.Poisson(PART_RATES)),
+        COUNTS,
+        lambda c: c.prior(1.5, c.components.prior(2.0, 0.5)),
+    ),
+    "hmm-gaussian": lambda: _hmm([0.6, 0.4], STAY, jaxem.Gaussian(MEAN, FULL), _ragged(SEQUENCES)),
+    "hmm-categorical": lambda: _hmm([0.6, 0.4], STAY, jaxem.Categorical(SHARES), CODED),
+    "hmm-stationary": lambda: _hmm("stationary", STAY, jaxem.Poisson([[1.5], [6.0]]), COUNTED),
+    "hmm-left-to-right": lambda: _hmm(
+        [0.5, 0.3, 0.2],
+        jaxem.Transition.left_to_right(3, 0.7),
+        jaxem.SphericalGaussian([[0.0], [1.5], [4.0]], [1.0, 1.2, 0.9]),
+        _ragged(STAGES),
+    ),
+    "hmm-logistic-transition": lambda: _hmm(
+        [0.6, 0.4],
+        jaxem.LogisticTransition(STAY, [[[0.3], [-0.3]], [[-0.2], [0.2]]]),
+        jaxem.Poisson([[1.5], [6.0]]),
+        jaxem.Sequences(COUNTED, inputs=DRIVES),
+    ),
+    "hsmm": lambda: Case(
+        jaxem.HSMM(
+            [0.6, 0.4],
+            [[0.0, 1.0], [1.0, 0.0]],
+            jaxem.NegativeBinomialDuration([1.0, 2.0], [1.0, 3.0], 5),
+            jaxem.Poisson([[1.5], [6.0]]),
+        ),
+        jax.tree.map(jnp.asarray, _ragged(COUNTED)),
+    ),
     "from_functions": _functions,
 }
-EMISSIONS = [name for name in CASES if name != "from_functions"]
+HMMS = [name for name in CASES if name.startswith("hmm-")]
+REGRESSIONS = ["linear-regression", "logistic-regression", "poisson-regression"]
+NESTED = ["mixture-emission"]  # parts of its own are latent: no responsibilities fix its sums
+ITERATIVE = ["student-t", "negative-binomial", "gamma", "von-mises-fisher"]
+_APART = {"from_functions", "hsmm", *HMMS, *REGRESSIONS, *NESTED, *ITERATIVE}
+EMISSIONS = [name for name in CASES if name not in _APART]
+FAMILIES = [*EMISSIONS, *REGRESSIONS, *NESTED]

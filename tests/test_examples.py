@@ -148,6 +148,19 @@ def test_em_layer(tmp_path):
     assert after > before + 0.1 and after > 0.85
 
 
+def test_variants(tmp_path):
+    text = run("variants.py", cwd=tmp_path)
+    rows = re.findall(r"^(.{26})\s*(\d+)\s+(\d+)\s+([\d.]+)\s+(\S+)  (\w+)$", text, re.MULTILINE)
+    below = {name.strip(): float(gap) for name, _, _, _, gap, _ in rows}
+    assert len(below) == 14
+    for name in ("EM", "SQUAREM", "Anderson", "over-relaxed", "annealed", "incremental, 10 blocks"):
+        assert abs(below[name]) < 1e-4
+    assert below["stochastic approximation"] < below["stochastic (SEM)"] < below["hard EM"]
+    steps = {name.strip(): int(count) for name, _, count, _, _, _ in rows}
+    assert 3 * steps["SQUAREM"] < steps["EM"]
+    assert (tmp_path / "variants.png").stat().st_size > 20_000
+
+
 def test_custom_emission(tmp_path):
     text = run("custom_emission.py", cwd=tmp_path)
     report = text.split("\n\n")[0].splitlines()

@@ -31,7 +31,8 @@ def flat(named):
     return ravel_pytree(named)[0]
 
 
-@pytest.mark.parametrize("name", CASES)
+# Without structural zeros, whose probabilities are held
+@pytest.mark.parametrize("name", [name for name in CASES if name != "hmm-left-to-right"])
 def test_information_is_minus_the_derivative_of_the_score(name):
     solution, data, prior = fitted(name)
     information = jaxem.observed_information(solution, data, prior=prior)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import CASES, EMISSIONS
+from models import CASES, EMISSIONS, FAMILIES
 
 import jaxem
 from jaxem import Framed
@@ -133,7 +133,7 @@ def test_q_is_the_expected_log_joint_in_any_frame(name):
     close(q(other, 3.0 * statistics + elsewhere), 4 * q(other, statistics))
 
 
-@pytest.mark.parametrize("name", EMISSIONS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_map_em_climbs_to_a_posterior_mode(name):
     case = CASES[name]()
     prior = case.model.prior(weights=3.0, components=case.prior)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from models import CASES, CODES, COUNTS, EMISSIONS, POINTS, N
+from models import CASES, CODES, COUNTS, FAMILIES, POINTS, N
 
 import jaxem
 from jaxem import RESULTS
@@ -130,7 +130,7 @@ def wiggle(tree, seed=0):
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), tree)
 
 
-@pytest.mark.parametrize("name", EMISSIONS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_gradients_of_e_step_and_log_prob(name):
     case = CASES[name]()
     weights = jnp.linspace(0.5, 1.5, N)
@@ -143,7 +143,7 @@ def test_gradients_of_e_step_and_log_prob(name):
     close(direct(case.model), of_model, 1e-9)
 
 
-@pytest.mark.parametrize("name", EMISSIONS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_no_nan_gradient_with_padded_units_and_an_empty_component(name):
     case = CASES[name]()
     weights = jnp.ones(N).at[:4].set(0)
@@ -362,7 +362,7 @@ def test_explicit_axes_do_as_well():
     close(sharded, jaxem.fit(gaussians(), P, tol=1e-8, max_steps=60), 1e-9)
 
 
-@pytest.mark.parametrize("name", EMISSIONS)
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize(("n", "rows"), [(48, 16), (47, 7)])  # the last block overlaps in 47
 def test_blocks_give_what_one_block_gives(name, n, rows, small_blocks):
     model, data, *_ = CASES[name]()

@@ -3,8 +3,16 @@ from jaxem.emissions.categorical import Categorical as Categorical
 from jaxem.emissions.diagonal_gaussian import DiagonalGaussian as DiagonalGaussian
 from jaxem.emissions.diagonal_gaussian import SphericalGaussian as SphericalGaussian
 from jaxem.emissions.exponential import Exponential as Exponential
+from jaxem.emissions.gamma import Gamma as Gamma
 from jaxem.emissions.gaussian import Gaussian as Gaussian
 from jaxem.emissions.gaussian import TiedGaussian as TiedGaussian
+from jaxem.emissions.glm import LogisticRegression as LogisticRegression
+from jaxem.emissions.glm import PoissonRegression as PoissonRegression
 from jaxem.emissions.independent import Independent as Independent
+from jaxem.emissions.linear_regression import LinearRegression as LinearRegression
+from jaxem.emissions.mixture_emission import MixtureEmission as MixtureEmission
 from jaxem.emissions.multinomial import Multinomial as Multinomial
+from jaxem.emissions.negative_binomial import NegativeBinomial as NegativeBinomial
 from jaxem.emissions.poisson import Poisson as Poisson
+from jaxem.emissions.student_t import StudentT as StudentT
+from jaxem.emissions.von_mises_fisher import VonMisesFisher as VonMisesFisher

@@ -74,7 +74,7 @@ class _FullGaussian(AbstractEmission):
         k, d = self.mean.shape
         check_shape("covariance", covariance, (d, d) if self.tied else (k, d, d))
         check_values(jnp.isfinite(self.mean), "mean holds a NaN or an infinity.")
-        self.log_scale, self.below = _factored("covariance", covariance.reshape(-1, d, d))
+        self.log_scale, self.below = factored("covariance", covariance.reshape(-1, d, d))
         self.held, self.expanded = (), False
 
     @property
@@ -201,7 +201,7 @@ class _FullGaussian(AbstractEmission):
             frame = replace(frame, mean=mean)
         if covariance is not None:
             covariance = filled("covariance", covariance, self.below)
-            log_scale, below = _factored("the prior's covariance", covariance)
+            log_scale, below = factored("the prior's covariance", covariance)
             frame = replace(frame, log_scale=log_scale, below=below)
         eye = jnp.broadcast_to(jnp.eye(d, dtype=self.mean.dtype), (c, d, d))
         second = scale_count[:, None, None] * eye
@@ -383,7 +383,7 @@ class TiedGaussian(_FullGaussian):
         return expansion_is_safe(offset), replace(self, expanded=True)
 
 
-def _factored(name: str, covariance: Float[Array, "c d d"]) -> tuple[Array, Array]:
+def factored(name: str, covariance: Float[Array, "c d d"]) -> tuple[Array, Array]:
     """The unconstrained leaves of a covariance. Raises `ValueError` if it is not one."""
     scale = jnp.sqrt(jnp.abs(jnp.diagonal(covariance, axis1=-2, axis2=-1)))
     gap = jnp.abs(covariance - la.transpose(covariance))

@@ -85,7 +85,7 @@ class Poisson(AbstractEmission):
     def log_prob_at(self, coordinates: Any, x: Num[Array, "n d"]) -> Float[Array, "n k"]:
         constant, linear = coordinates
         x = x.astype(self.log_rate.dtype).T
-        own = -jnp.sum(_half_deviance(x, self.log_rate[:, :, None]), axis=1)
+        own = -jnp.sum(half_deviance(x, self.log_rate[:, :, None]), axis=1)
         own = own + la.repeat(constant, x.shape[1]) + la.matmul(linear, x)
         return (own - jnp.sum(factorial_remainder(x), axis=0)).T
 
@@ -139,7 +139,7 @@ class Poisson(AbstractEmission):
         return None
 
 
-def _half_deviance(x: Array, log_rate: Array) -> Array:
+def half_deviance(x: Array, log_rate: Array) -> Array:
     """x log(x/λ) − (x − λ), to full relative precision where x is near λ."""
     rate = jnp.exp(log_rate)
     positive = x > 0

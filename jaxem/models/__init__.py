@@ -1,4 +1,9 @@
+from jaxem.models.durations import AbstractDuration as AbstractDuration
+from jaxem.models.durations import CategoricalDuration as CategoricalDuration
+from jaxem.models.durations import NegativeBinomialDuration as NegativeBinomialDuration
+from jaxem.models.durations import PoissonDuration as PoissonDuration
 from jaxem.models.hmm import HMM as HMM
+from jaxem.models.hsmm import HSMM as HSMM
 from jaxem.models.mixture import Mixture as Mixture
 from jaxem.models.transitions import AbstractTransition as AbstractTransition
 from jaxem.models.transitions import LogisticTransition as LogisticTransition

@@ -21,7 +21,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 from jaxem import _init, chain
 from jaxem import _linalg as la
 from jaxem._checks import check_shape, check_weights
-from jaxem._emission import AbstractEmission, float_dtype, pull_back, width, with_shortcut
+from jaxem._emission import AbstractEmission, float_dtype
 from jaxem._hold import Held, free, held_mask, natural_parameters, replace
 from jaxem._model import AbstractModel, all_finite
 from jaxem._posterior import AbstractPosterior, Exact
@@ -29,14 +29,13 @@ from jaxem._sequences import Sequences, as_sequences
 from jaxem._statistics import Framed
 from jaxem._units import (
     as_arrays,
-    fits_one_block,
     map_over_units,
     num_units,
-    substitute,
     sum_over_units,
 )
 from jaxem.emissions._common import as_float, pseudo_count
 from jaxem.emissions.categorical import check_simplex, free_log_shares
+from jaxem.models._steps import emitted_sums, log_prob_of_steps, usable_steps
 from jaxem.models.mixture import Mixture
 from jaxem.models.transitions import AbstractTransition, Transition
 
@@ -88,6 +87,12 @@ class HMM(AbstractModel):
                 raise ValueError(
                     "a stationary start needs a Transition: transitions driven by inputs have no "
                     "stationary distribution."
+                )
+            if not transition.has_one_class():
+                raise ValueError(
+                    "a stationary start needs a chain with one stationary distribution, and this "
+                    "one has several sets of states that it never leaves: give initial as "
+                    "probabilities."
                 )
             self.initial_logits = jnp.zeros(k, float_dtype(emission))
         else:
@@ -148,9 +153,10 @@ class HMM(AbstractModel):
 
         def block(sequences: Sequences, w: Any, block_key: Any) -> Any:
             keys = None if block_key is None else jax.random.split(block_key, num_units(sequences))
-            present, x = self._usable(sequences, w)
-            log_b = self._log_prob_of_steps(x, present)
-            matrix, pull = jax.vjp(lambda c: self._matrix_at(c, sequences.inputs), coordinates)
+            present, x = usable_steps(self.emission, sequences, w)
+            log_b = log_prob_of_steps(self.emission, x, present)
+            inputs = sequences.driving(w)
+            matrix, pull = jax.vjp(lambda c: self._matrix_at(c, inputs), coordinates)
             ends = sequences.lengths, keys
             axes = (
                 None,
@@ -159,14 +165,16 @@ class HMM(AbstractModel):
                 *(a if a is None else 0 for a in ends),
             )
             run = jax.vmap(posterior.marginalize_chain, in_axes=axes)
-            likelihood, smoothed, before, after = run(self.initial, matrix, log_b, *ends)
+            likelihood, smoothed, before, after, ratio = run(self.initial, matrix, log_b, *ends)
             scale = jnp.ones(len(log_b), log_b.dtype) if w is None else w.astype(log_b.dtype)
             likelihood = jnp.where((scale != 0) | jnp.isfinite(likelihood), likelihood, 0)
             first = la.matmul(scale, smoothed[:, 0])
             later = jnp.where(sequences.within, scale[:, None], 0)[:, 1:]
             moved = _transitions(before[:, :-1], after[:, 1:], later, shape=matrix.shape)
+            if ratio is not None:
+                moved = moved * (ratio if matrix.ndim == 4 else ratio[0])
             r = smoothed * jnp.where(present, scale[:, None], 0)[:, :, None]
-            emitted = self._emitted(x, r.reshape(-1, self.num_states))
+            emitted = emitted_sums(self.emission, x, r.reshape(-1, self.num_states))
             return (first, pull(moved)[0], emitted), jnp.sum(scale * likelihood)
 
         (first, moved, emitted), value = sum_over_units(
@@ -174,45 +182,15 @@ class HMM(AbstractModel):
         )
         return (first, self.transition.statistics(moved), emitted), value
 
-    def _usable(self, sequences: Sequences, w: Any) -> tuple[Bool[Array, "b t"], PyTree[Array]]:
-        """Which steps count, and the steps in one row, with others in place of those that do not.
-
-        A sequence of weight 0 still counts where it is possible: its weight has a derivative.
-        """
-        present, x = sequences.present, sequences.steps()
-        if w is not None:
-            possible = self.emission.in_support(x).reshape(present.shape)
-            present = present & ((w != 0)[:, None] | possible)
-        return present, substitute(x, present.reshape(-1))
-
-    def _log_prob_of_steps(self, x: Any, present: Bool[Array, "b t"]) -> Float[Array, "b t k"]:
-        def log_prob_of(emission: AbstractEmission) -> Float[Array, "n k"]:
-            at = emission.coordinates()
-            size = width(emission, x)
-            return map_over_units(lambda part: emission.log_prob_at(at, part), x, width=size)
-
-        log_b = self._cheaply(log_prob_of, x).reshape(*present.shape, -1)
-        return jnp.where(present[:, :, None], log_b, 0)
-
-    def _emitted(self, x: Any, responsibilities: Float[Array, "n k"]) -> PyTree[Array]:
-        """The emission's sums for given responsibilities."""
-
-        def sums(emission: AbstractEmission) -> PyTree[Array]:
-            at = emission.coordinates()
-            return emission.statistics(pull_back(emission, at, x, responsibilities))
-
-        return self._cheaply(sums, x)
-
-    def _cheaply(self, function: Any, x: PyTree[Array]) -> Any:
-        """`function(emission)`, by the cheaper form of the emission; few steps take no choice."""
-        small = fits_one_block(num_units(x), width(self.emission, x))
-        return with_shortcut(self.emission, function, allowed=not small)
-
     def _matrix_at(self, coordinates: Any, inputs: Any) -> Array:
         """The transition matrix (k, k), or one for each step of each sequence (b, t, k, k)."""
         if inputs is None:
             return self.transition.matrix_at(coordinates, None)
         return jax.vmap(self.transition.matrix_at, in_axes=(None, 0))(coordinates, inputs)
+
+    def sizes(self, data: PyTree[Array]) -> Int[Array, " b"]:
+        """How many steps of each sequence were observed: what BIC counts."""
+        return jnp.sum(as_sequences(as_arrays(data)).present, axis=1)
 
     def width(self, data: PyTree[Array]) -> int:
         """Numbers an E-step holds for each sequence: a few for each step and state."""
@@ -287,9 +265,15 @@ class HMM(AbstractModel):
         """The first step of each sequence that no state can have produced; −1 where there is none.
 
         It is one outside the emission's support, or of likelihood zero under every state that
-        can be reached. A sequence without any step is impossible at step 0.
+        can be reached. A sequence without any step is impossible at step 0, and one whose length
+        exceeds the steps that there are at the first that is missing.
         """
-        return self._infer(_first_impossible, data)
+        found = self._infer(_first_impossible, data)
+        sequences = as_sequences(as_arrays(data))
+        if sequences.lengths is None:
+            return found
+        steps = sequences.within.shape[1]
+        return jnp.where((found < 0) & (sequences.lengths > steps), steps, found)
 
     def log_prob(self, data: PyTree[Array]) -> Float[Array, " b"]:
         """log p(x) of each sequence."""
@@ -323,6 +307,8 @@ class HMM(AbstractModel):
         self, data: PyTree[Array], num_paths: int
     ) -> tuple[Int[Array, "b paths t"], Float[Array, "b paths"]]:
         """The most probable paths of each sequence, best first, and log p(x, path) of each."""
+        if num_paths < 1:
+            raise ValueError(f"num_paths must be 1 or more, got {num_paths}.")
         return self._infer(Partial(_best_paths, num_paths=num_paths), data)
 
     def sample_paths(self, key: Array, data: PyTree[Array]) -> Int[Array, "b t"]:
@@ -353,22 +339,26 @@ class HMM(AbstractModel):
         self, key: Array, n: int, num_steps: int, inputs: Float[Array, "n t p"] | None = None
     ) -> tuple[PyTree[Array], Int[Array, "n t"]]:
         """n sequences of `num_steps` steps, and the states that they come from."""
+        if num_steps < 1:
+            raise ValueError(f"a sequence has 1 or more steps, got num_steps={num_steps}.")
         self.transition.check(inputs)
+        if inputs is not None and inputs.shape[:2] != (n, num_steps):
+            raise ValueError(f"inputs have shape {inputs.shape}; expected ({n}, {num_steps}, p).")
         matrix = self._matrix_at(self.transition.coordinates(), inputs)
         steps = jnp.broadcast_to(la.floored_log(matrix), (n, num_steps, *matrix.shape[-2:]))
         z_key, x_key = jax.random.split(key)
 
         def path(key: Array, log_matrix: Array) -> Int[Array, " t"]:
-            first_key, *keys = jax.random.split(key, num_steps)
-            first = jax.random.categorical(first_key, la.floored_log(self.initial))
+            keys = jax.random.split(key, num_steps)
+            first = jax.random.categorical(keys[0], la.floored_log(self.initial))
 
             def step(now: Array, here: Any) -> tuple[Array, Array]:
                 key, out_of = here
                 following = jax.random.categorical(key, out_of[now])
                 return following, following
 
-            rest = (jnp.stack(keys) if keys else jnp.zeros((0, 2)), log_matrix[:-1])
-            return jnp.concatenate([first[None], jax.lax.scan(step, first, rest)[1]])
+            following = jax.lax.scan(step, first, (keys[1:], log_matrix[:-1]))[1]
+            return jnp.concatenate([first[None], following])
 
         z = jax.vmap(path)(jax.random.split(z_key, n), steps)
         x = self.emission.sample(x_key, z.reshape(-1))
@@ -409,7 +399,7 @@ class HMM(AbstractModel):
         present = sequences.present
         counted = present if weights is None else present * jnp.asarray(weights)[:, None]
         plain = weights is None and sequences.lengths is None and sequences.observed is None
-        mass = None if plain else counted.reshape(-1).astype(float)
+        mass = None if plain else counted.reshape(-1).astype(_init.floating(sequences.values))
         emission = _init.seed(key, sequences.steps(), num_states, family, mass, method)
         dtype = float_dtype(emission)
         uniform = jnp.full(num_states, 1 / num_states, dtype)
@@ -422,6 +412,8 @@ class HMM(AbstractModel):
         With probability `stay` a state stays; else the next one is drawn from the mixture's
         weights, as the first one is.
         """
+        if not isinstance(mixture, Mixture):
+            raise ValueError(f"from_mixture expects a Mixture, got {type(mixture).__name__}.")
         weights = mixture.weights
         eye = jnp.eye(len(weights), dtype=weights.dtype)
         matrix = stay * eye + (1 - stay) * weights
@@ -457,10 +449,13 @@ class _Chain(NamedTuple):
 def _map_chains(model: HMM, function: Any, data: Sequences, extra: tuple[Any, ...]) -> Any:
     def block(part: Any) -> Any:
         sequences, rest = part
-        present, x = model._usable(sequences, None)
-        log_b = model._log_prob_of_steps(x, present)
-        matrix = model._matrix_at(model.transition.coordinates(), sequences.inputs)
-        possible = model.emission.in_support(x).reshape(present.shape)
+        present, x = usable_steps(model.emission, sequences, None)
+        log_b = log_prob_of_steps(model.emission, x, present)
+        inputs = sequences.driving()
+        matrix = model._matrix_at(model.transition.coordinates(), inputs)
+        possible = ~present | model.emission.in_support(x).reshape(present.shape)
+        if inputs is not None:
+            possible &= jnp.all(jnp.isfinite(inputs), axis=2)
         view = _Chain(model.initial, matrix, log_b, sequences.within, possible)
         axes = _Chain(None, None if matrix.ndim == 2 else 0, 0, 0, 0)  # pyright: ignore[reportArgumentType]
         return jax.vmap(function, in_axes=(axes, *(0 for _ in rest)))(view, *rest)

@@ -19,7 +19,7 @@ from jaxem._checks import check_shape, check_values, concrete
 from jaxem._hold import Held, free, update
 from jaxem._repr import describe
 from jaxem._statistics import Framed
-from jaxem.emissions._common import as_float, filled, pseudo_count
+from jaxem.emissions._common import as_float, pseudo_count
 from jaxem.emissions.categorical import check_simplex, log_shares
 
 
@@ -109,7 +109,7 @@ class Transition(AbstractTransition):
         k = matrix.shape[0] if matrix.ndim else 0
         check_shape("transition matrix", matrix, (max(k, 1), max(k, 1)))
         check_simplex("transition matrix", matrix)
-        labels = list(range(k)) if tied is None else list(tied)
+        labels = list(range(k)) if tied is None else np.atleast_1d(tied).tolist()
         if len(labels) != k:
             raise ValueError(f"tied needs one label for each of {k} rows, got {len(labels)}.")
         first = [labels.index(label) for label in dict.fromkeys(labels)]
@@ -126,6 +126,8 @@ class Transition(AbstractTransition):
             check_shape("mask", jnp.asarray(possible), (k, k))
             inside = possible | (matrix <= 1e-6)
             check_values(inside, "the transition matrix is positive where mask forbids it.")
+        if not np.array_equal(possible, possible[np.asarray(first)][np.asarray(self.row)]):
+            raise ValueError("rows that are tied must allow the same transitions.")
         possible = possible[np.asarray(first)]
         if not possible.any(axis=1).all():
             raise ValueError("a row of the transition matrix allows no transition.")
@@ -137,7 +139,7 @@ class Transition(AbstractTransition):
     def sticky(cls, num_states: int, stay: ArrayLike = 0.9) -> Self:
         """Each state stays with probability `stay`, and goes to all others alike."""
         k = num_states
-        stay = jnp.asarray(stay, float) if k > 1 else jnp.ones(())
+        stay = as_float(stay) if k > 1 else jnp.ones_like(as_float(stay))
         eye = jnp.eye(k, dtype=stay.dtype)
         return cls(stay * eye + (1 - stay) * (1 - eye) / max(k - 1, 1), np.ones((k, k), bool))
 
@@ -147,9 +149,9 @@ class Transition(AbstractTransition):
         k = num_states
         ahead = np.arange(k) - np.arange(k)[:, None]
         jumps = (ahead > 0) & (ahead <= max_jump)
-        stay = jnp.where(jumps.any(axis=1), jnp.asarray(stay, float), 1.0)[:, None]
+        stay = jnp.where(jumps.any(axis=1), as_float(stay), 1.0)[:, None]
         eye = jnp.eye(k, dtype=stay.dtype)
-        shares = jumps / np.maximum(jumps.sum(axis=1, keepdims=True), 1)
+        shares = jnp.asarray(jumps / np.maximum(jumps.sum(axis=1, keepdims=True), 1), stay.dtype)
         return cls(stay * eye + (1 - stay) * shares, jumps | np.eye(k, dtype=bool))
 
     @property
@@ -167,6 +169,15 @@ class Transition(AbstractTransition):
 
     def _possible(self) -> np.ndarray:
         return np.ones(self.logits.shape, bool) if self.mask is None else np.asarray(self.mask)
+
+    def has_one_class(self) -> bool:
+        """Whether one set of states is never left, so that one distribution is stationary."""
+        possible = self._possible()[np.asarray(self.row)]
+        reach = possible | np.eye(self.num_states, dtype=bool)
+        for _ in range(self.num_states.bit_length()):
+            reach = (reach.astype(float) @ reach) > 0
+        returns = np.all(~reach | reach.T, axis=1)  # from wherever it may lead
+        return len(np.unique(reach[returns], axis=0)) == 1
 
     def check(self, inputs: Array | None) -> None:
         if inputs is not None:
@@ -206,7 +217,7 @@ class Transition(AbstractTransition):
         like = self.logits
         counts = pseudo_count("concentration − 1", jnp.asarray(concentration) - 1, like)
         own = pseudo_count("sticky", sticky, jnp.zeros((), like.dtype))
-        stays = np.zeros(like.shape)
+        stays = np.zeros(like.shape, like.dtype)
         stays[np.asarray(self.row), np.arange(self.num_states)] = 1
         return Framed((counts + own * stays) * self._possible(), self)
 
@@ -255,7 +266,8 @@ class LogisticTransition(AbstractTransition):
     every step; there is no closed form.
 
     **Arguments:** `baseline` (k, k), the transition matrix at u = 0; `weights` (k, k, p), or an
-    integer p for weights of zero. The inputs are those of `Sequences(…, inputs=…)`.
+    integer p for weights of zero. The inputs are those of `Sequences(…, inputs=…)`. What weights
+    have in common over all targets j does nothing, and is taken off them.
 
     **Raises:** `ValueError` for another shape, or a baseline that is not stochastic.
 
@@ -264,21 +276,22 @@ class LogisticTransition(AbstractTransition):
 
     natural: ClassVar[dict[str, tuple[str, ...]]] = {
         "baseline": ("logits",),
-        "weights": ("weights",),
+        "weights": ("slopes",),
     }
     logits: Float[Array, "k k"]
-    weights: Float[Array, "k k p"]
+    slopes: Float[Array, "k k p"]
     held: Held = eqx.field(static=True)
 
     def __init__(self, baseline: ArrayLike, weights: ArrayLike | int):
         baseline = as_float(baseline)
-        check_shape("baseline", baseline, (baseline.shape[0], baseline.shape[0]))
+        size = max(baseline.shape[0], 1) if baseline.ndim else 1
+        check_shape("baseline", baseline, (size, size))
         check_simplex("baseline", baseline)
         k = baseline.shape[0]
-        if isinstance(weights, int):
+        if isinstance(weights, int) and weights > 0:
             weights = jnp.zeros((k, k, weights), baseline.dtype)
-        self.weights = jnp.asarray(weights, baseline.dtype)
-        check_shape("weights", self.weights, (k, k, "p"))
+        self.slopes = jnp.asarray(weights, baseline.dtype)
+        check_shape("weights", self.slopes, (k, k, "p"))
         self.logits, self.held = la.floored_log(baseline), ()
 
     @property
@@ -286,17 +299,21 @@ class LogisticTransition(AbstractTransition):
         return jax.nn.softmax(self.logits, axis=1)
 
     @property
+    def weights(self) -> Float[Array, "k k p"]:
+        return self.slopes - jnp.mean(self.slopes, axis=1, keepdims=True)
+
+    @property
     def num_states(self) -> int:
         return self.logits.shape[0]
 
     @property
     def num_free_parameters(self) -> int:
-        k, _, p = self.weights.shape
+        k, _, p = self.slopes.shape
         rows = np.sum(free(self, "baseline")) + p * np.sum(free(self, "weights"))
         return int(rows) * (k - 1)
 
     def check(self, inputs: Array | None) -> None:
-        p = self.weights.shape[2]
+        p = self.slopes.shape[2]
         if inputs is None or inputs.shape[-1] != p:
             got = "none" if inputs is None else f"shape {inputs.shape}"
             raise ValueError(
@@ -305,7 +322,7 @@ class LogisticTransition(AbstractTransition):
             )
 
     def _parameters(self) -> Float[Array, "k k q"]:
-        return jnp.concatenate([self.logits[:, :, None], self.weights], axis=2)
+        return jnp.concatenate([self.logits[:, :, None], self.slopes], axis=2)
 
     def coordinates(self) -> tuple[Array, Array]:
         k, _, q = self._parameters().shape
@@ -336,25 +353,23 @@ class LogisticTransition(AbstractTransition):
         is_free = np.concatenate(
             [
                 np.broadcast_to(free(self, "baseline")[:, None], (self.num_states, 1)),
-                np.broadcast_to(free(self, "weights")[:, None], self.weights.shape[::2]),
+                np.broadcast_to(free(self, "weights")[:, None], self.slopes.shape[::2]),
             ],
             axis=1,
         )
         step = 2 * _solve_free(sums.moments, sums.gradient, is_free)
         moved = self._parameters() + step
-        return update(self, logits=moved[:, :, 0], weights=moved[:, :, 1:])
+        return update(self, logits=moved[:, :, 0], slopes=moved[:, :, 1:])
 
     def expected_log_prob(self, sums: Quadratic) -> Float[Array, ""]:
         return sums.value
 
     def prior(self, precision: ArrayLike = 0.0) -> Framed:
         """A normal prior of the weights about zero; `precision` a number, or one for each input."""
-        k, _, p = self.weights.shape
-        precision = pseudo_count(
-            "precision", filled("precision", precision, self.weights[0, 0]), self.weights[0, 0]
-        )
+        k, _, p = self.slopes.shape
+        precision = pseudo_count("precision", precision, self.slopes[0, 0])
         moments = 2 * jnp.diag(jnp.concatenate([jnp.zeros(1, precision.dtype), precision]))
-        at_zero = eqx.tree_at(lambda t: t.weights, self, jnp.zeros_like(self.weights))
+        at_zero = eqx.tree_at(lambda t: t.slopes, self, jnp.zeros_like(self.slopes))
         zero = jnp.zeros((k, k, p + 1), precision.dtype)
         sums = Quadratic(
             jnp.zeros((), zero.dtype), zero, jnp.broadcast_to(moments, (k, p + 1, p + 1))
@@ -368,14 +383,17 @@ def _bent(step: Float[Array, "k k q"], moments: Float[Array, "k q q"]) -> Float[
 
 
 def _solve_free(moments: Array, gradient: Array, is_free: np.ndarray) -> Array:
-    """gradient · moments⁻¹ over what is free; nothing moves where nothing was seen."""
-    eye = np.eye(moments.shape[1])
+    """gradient · moments⁻¹ over what is free; nothing moves where nothing was seen.
+
+    The ridge bounds the steps along which inputs do not differ, whose gradient is rounding.
+    """
+    eye = jnp.eye(moments.shape[1], dtype=moments.dtype)
     both = is_free[:, :, None] & is_free[:, None, :]
     scale = jnp.sqrt(jnp.maximum(jnp.diagonal(moments, axis1=1, axis2=2), 0))
     scale = jnp.where((scale > 0) & is_free, scale, 1)
     matrix = jnp.where(both, moments, 0) / la.outer(scale, scale)
-    ridge = 100 * jnp.finfo(moments.dtype).eps
-    matrix = matrix + ridge * eye + jnp.where(is_free[:, :, None] & True, 0, eye)
+    ridge = float(jnp.finfo(moments.dtype).eps) ** 0.5
+    matrix = matrix + ridge * eye + jnp.where(is_free[:, :, None], 0, eye)
     empty = jnp.diagonal(matrix, axis1=1, axis2=2) <= 2 * ridge
     matrix = jnp.where(empty[:, :, None] * eye, 1, matrix)
     inverse = la.inverse_of_lower(la.cholesky(matrix))

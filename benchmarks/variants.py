@@ -1,0 +1,390 @@
+"""Variants of EM: `python -m benchmarks.variants [section …]`.
+
+Sections: ascent, acceleration, online, incremental, sampled, annealing, throughput, gradient
+(default: all). E-steps are counted as they are executed. Results are appended to
+benchmarks/results/variants.jsonl.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxem
+from benchmarks._common import data, interleave, jaxem_mixture, main, seconds
+from benchmarks._common import record as _record
+
+record = functools.partial(_record, "variants")
+e_steps: list[None] = []
+
+
+class Counted(jaxem.AbstractExpectation):
+    """An expectation that tells each time it is executed."""
+
+    ascends: ClassVar[bool] = True
+    deterministic: ClassVar[bool] = True
+    expectation: jaxem.AbstractExpectation
+
+    def __call__(self, model: Any, data: Any, weights: Any, step: Any, key: Any) -> Any:
+        jax.debug.callback(lambda _: e_steps.append(None), step)
+        return self.expectation(model, data, weights, step, key)
+
+    def settles(self, step: Any) -> Any:
+        return self.expectation.settles(step)
+
+
+MONOTONE: dict[str, Callable[[jaxem.EM], Any]] = {
+    "EM": lambda em: em,
+    "SQUAREM": jaxem.SQUAREM,
+    "Anderson": jaxem.Anderson,
+    "Overrelaxed": jaxem.Overrelaxed,
+}
+
+# Random problems, of equal shapes so that they run side by side
+
+
+def poisson_problem(rng: np.random.Generator) -> tuple[Any, Any]:
+    rate = rng.gamma(4.0, 1.0, (3, 1))
+    x = rng.poisson(rate[rng.integers(0, 3, 100)])
+    return jaxem.Mixture(rng.dirichlet(np.ones(3)), jaxem.Poisson(rng.gamma(4.0, 1.0, (3, 1)))), x
+
+
+def gaussian_problem(rng: np.random.Generator) -> tuple[Any, Any]:
+    centres = 1.5 * rng.normal(size=(2, 2))
+    x = centres[rng.integers(0, 2, 100)] + rng.normal(size=(100, 2))
+    start = x[rng.choice(100, 2, replace=False)]
+    covariance = np.broadcast_to(np.cov(x.T), (2, 2, 2))
+    return jaxem.Mixture([0.5, 0.5], jaxem.Gaussian(start, covariance)), x
+
+
+def diagonal_problem(rng: np.random.Generator) -> tuple[Any, Any]:
+    centres = 1.5 * rng.normal(size=(3, 2))
+    x = centres[rng.integers(0, 3, 100)] + rng.normal(size=(100, 2))
+    start, variance = x[rng.choice(100, 3, replace=False)], x.var(axis=0)
+    return jaxem.Mixture(np.full(3, 1 / 3), jaxem.DiagonalGaussian(start, variance)), x
+
+
+def latent_class_problem(rng: np.random.Generator) -> tuple[Any, Any]:
+    p = rng.beta(1, 1, (2, 5))
+    x = (rng.random((100, 5)) < p[rng.integers(0, 2, 100)]).astype(int)
+    return jaxem.Mixture([0.5, 0.5], jaxem.Bernoulli(rng.beta(2, 2, (2, 5)))), x
+
+
+def chain_problem(rng: np.random.Generator) -> tuple[Any, Any]:
+    stay = rng.uniform(0.6, 0.95, 2)
+    matrix = np.array([[stay[0], 1 - stay[0]], [1 - stay[1], stay[1]]])
+    z = np.zeros((2, 60), int)
+    for t in range(1, 60):
+        z[:, t] = rng.random(2) < matrix[z[:, t - 1], 1]
+    rate = rng.gamma(4.0, 1.0, (2, 1))
+    start = jaxem.Poisson(rng.gamma(4.0, 1.0, (2, 1)))
+    return jaxem.HMM([0.5, 0.5], [[0.7, 0.3], [0.3, 0.7]], start), rng.poisson(rate[z])
+
+
+PROBLEMS = {
+    "Poisson mixture, k=3": poisson_problem,
+    "Gaussian mixture, k=2 d=2": gaussian_problem,
+    "tied diagonal mixture, k=3 d=2": diagonal_problem,
+    "latent classes, k=2 d=5": latent_class_problem,
+    "Poisson HMM, k=2": chain_problem,
+}
+
+
+def ascent(count: int = 1_000) -> None:
+    """Falls of the objective, and where accelerated fits end, over random problems in float64."""
+    with jax.enable_x64(True):
+        for name, problem in PROBLEMS.items():
+            rng = np.random.default_rng(0)
+            pairs = [jax.tree.map(jnp.asarray, problem(rng)) for _ in range(count)]
+            models, x = jax.tree.map(lambda *leaves: jnp.stack(leaves), *pairs)
+            rows: dict[str, Any] = {}
+            ends: dict[str, np.ndarray] = {}
+            for label, wrap in MONOTONE.items():
+                options: Any = dict(max_steps=3_000 if label == "EM" else 1_000, throw=False)
+                algorithm = wrap(jaxem.EM())
+                run = eqx.filter_jit(
+                    lambda m, x, a=algorithm, o=options: jax.lax.map(
+                        lambda pair: jaxem.fit(*pair, a, **o), (m, x), batch_size=50
+                    )
+                )
+                solution = run(models, x)
+                history = np.asarray(solution.history)
+                falls = -np.diff(history, axis=1) / np.abs(history[:, :-1])
+                ends[label] = np.asarray(solution.objective) / 100
+                lower = ends["EM"] - ends[label]
+                below, above = np.mean(lower > 1e-6), np.mean(lower < -1e-6)
+                rows[label] = (
+                    f"largest fall {max(np.nanmax(falls), 0):.1e} of the objective; more than 1e-6 "
+                    f"per unit below EM's end {below:.1%}, above it {above:.1%}; "
+                    f"median {np.median(solution.num_steps):.0f} steps"
+                )
+            record("ascent", f"{count} problems, {name}, float64", rows)
+
+
+# Slow problems
+
+
+def slow_problems() -> dict[str, tuple[Any, Any, Any]]:
+    """Model, data and weights, in the order of their names."""
+    rng = np.random.default_rng(0)
+
+    def overlapping(n: int, d: int, k: int, spread: float, family: str) -> tuple[Any, Any, Any]:
+        x, means = data(n, d, k, spread)
+        return jaxem_mixture(family, means), jnp.asarray(x), None
+
+    deaths = np.array([162.0, 267, 271, 185, 111, 61, 27, 8, 3, 1])
+    london = jaxem.Mixture([0.3, 0.7], jaxem.Poisson([[1.0], [2.5]]))
+    bits = (rng.random((2_000, 6)) < np.where(rng.random((2_000, 1)) < 0.5, 0.4, 0.6)).astype(int)
+    classes = jaxem.Mixture(
+        [0.5, 0.5], jaxem.Bernoulli(np.stack([np.full(6, 0.3), np.full(6, 0.7)]))
+    )
+    near = jaxem.HMM([0.5, 0.5], [[0.8, 0.2], [0.2, 0.8]], jaxem.Poisson([[3.0], [4.0]]))
+    chain, _ = near.sample(jax.random.key(0), 4, 500)
+    start = jaxem.HMM([0.5, 0.5], [[0.6, 0.4], [0.4, 0.6]], jaxem.Poisson([[2.0], [6.0]]))
+    words = jaxem.HMM(
+        [0.5, 0.5],
+        [[0.7, 0.3], [0.3, 0.7]],
+        jaxem.Categorical([[[0.4, 0.3, 0.3]], [[0.3, 0.3, 0.4]]]),
+    )
+    text, _ = words.sample(jax.random.key(1), 4, 500)
+    guess = jaxem.HMM(
+        [0.5, 0.5],
+        [[0.6, 0.4], [0.4, 0.6]],
+        jaxem.Categorical([[[0.5, 0.3, 0.2]], [[0.2, 0.3, 0.5]]]),
+    )
+    lives = rng.exponential(np.where(rng.random((1_000, 1)) < 0.5, 1.0, 2.5))
+    decay = jaxem.Mixture([0.5, 0.5], jaxem.Exponential([[2.0], [0.3]]))
+    return {
+        "The Times' deaths, two Poissons": (london, jnp.arange(10)[:, None], jnp.asarray(deaths)),
+        "overlapping Gaussians, k=3 d=2": overlapping(2_000, 2, 3, 1.3, "full"),
+        "overlapping Gaussians, k=8 d=8": overlapping(5_000, 8, 8, 1.3, "full"),
+        "overlapping tied Gaussians, k=4 d=4": overlapping(2_000, 4, 4, 1.0, "tied"),
+        "overlapping diagonal Gaussians, k=5 d=4": overlapping(2_000, 4, 5, 1.0, "diag"),
+        "overlapping spheres, k=5 d=2": overlapping(2_000, 2, 5, 1.5, "spherical"),
+        "latent classes, k=2 d=6": (classes, jnp.asarray(bits), None),
+        "two exponentials": (decay, jnp.asarray(lives), None),
+        "Poisson HMM of near-equal states": (start, chain, None),
+        "categorical HMM of near-equal states": (guess, text, None),
+    }
+
+
+def acceleration() -> None:
+    """E-steps and time of accelerated EM, in ratio to EM's, on slow problems in float64."""
+    ratios: dict[str, list[tuple[float, float]]] = {name: [] for name in MONOTONE}
+    with jax.enable_x64(True):
+        for name, (model, x, weights) in slow_problems().items():
+            model, x = jax.tree.map(
+                lambda leaf: (
+                    leaf.astype(float) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+                ),
+                (model, x),
+            )
+            rows: dict[str, Any] = {}
+            for label, wrap in MONOTONE.items():
+                options: Any = dict(weights=weights, max_steps=20_000, throw=False)
+                run = eqx.filter_jit(functools.partial(jaxem.fit, **options))
+                counted = wrap(jaxem.EM(Counted(jaxem.Exact())))
+                e_steps.clear()
+                solution = jax.block_until_ready(run(model, x, counted))
+                jax.effects_barrier()
+                algorithm = wrap(jaxem.EM())
+                jax.block_until_ready(run(model, x, algorithm))
+                again = functools.partial(run, model, x, algorithm)
+                time = statistics.median(seconds(again) for _ in range(3))
+                rows[label] = (len(e_steps), time, float(solution.objective))
+            for label, (count, time, _) in rows.items():
+                ratios[label].append((rows["EM"][0] / count, rows["EM"][1] / time))
+            record(
+                "acceleration",
+                f"{name}, float64",
+                {
+                    label: f"{count} E-steps, {time:.3f} s, ends {end - rows['EM'][2]:+.1e} from EM"
+                    for label, (count, time, end) in rows.items()
+                },
+            )
+    record(
+        "acceleration",
+        f"median over {len(ratios['EM'])} problems",
+        {
+            label: f"{statistics.median(a for a, _ in pairs):.1f} × fewer E-steps, "
+            f"{statistics.median(b for _, b in pairs):.1f} × less time"
+            for label, pairs in ratios.items()
+        },
+    )
+
+
+def online() -> None:
+    """Mini-batches from a start that EM takes to an optimum, after two passes or less."""
+    n, d, k, size = 1_000_000, 8, 16, 5_000
+    x, means = data(n, d, k, 2.0)
+    start, x = jaxem_mixture("full", means), jnp.asarray(x)
+    best = jaxem.fit(start, x, max_steps=200)
+    rows: dict[str, Any] = {"EM, steps": int(best.num_steps)}
+    for passes in (0.5, 1, 2):
+        algorithm = jaxem.EM(accumulation=jaxem.Minibatch(size, jaxem.Power(0.6)))
+        steps = int(passes * n / size)
+        found = jaxem.fit(start, x, algorithm, key=jax.random.key(0), max_steps=steps)
+        gap = float(best.objective - found.objective) / n
+        rows[f"nats per unit below EM's optimum after {passes} passes"] = f"{gap:.5f}"
+    record("online", f"Minibatch({size}), full, N={n} D={d} K={k}, float32", rows)
+
+
+def incremental() -> None:
+    """Passes over the data until the objective is within 1e-4 nats per unit of the optimum."""
+    n, d, k, blocks = 20_000, 4, 6, 20
+    x, means = data(n, d, k, 1.5)
+    start, x = jaxem_mixture("full", means), jnp.asarray(x)
+    best = float(jaxem.fit(start, x, max_steps=5_000).objective) / n
+    rows: dict[str, Any] = {}
+    log_prob = eqx.filter_jit(lambda m: jnp.mean(m.log_prob(x)))
+    for label, algorithm, steps in (
+        ("EM", jaxem.EM(), 1),
+        (f"Incremental({blocks})", jaxem.EM(accumulation=jaxem.Incremental(blocks)), blocks),
+    ):
+        init, step = eqx.filter_jit(algorithm.init), eqx.filter_jit(algorithm.step)
+        state, passes = init(start, x), 1
+        while best - float(log_prob(state.model)) > 1e-4 and passes < 2_000:
+            for _ in range(steps):
+                state = step(state, x)
+            passes += 1
+        rows[label] = f"{passes} passes"
+    record("incremental", f"full, N={n} D={d} K={k}, float32", rows)
+
+
+def sampled() -> None:
+    """How far stochastic variants end from EM's optimum, in nats for all units; ten seeds."""
+    n, d, k = 2_000, 2, 3
+    x, means = data(n, d, k, 2.0)
+    start, x = jaxem_mixture("full", means), jnp.asarray(x)
+    best = float(jaxem.fit(start, x, max_steps=5_000).objective)
+    rates = functools.partial(jaxem.Power, 0.7, 1.0)
+    variants = {
+        "SEM, 500 steps": (jaxem.EM(jaxem.Sampled()), 500),
+        "Monte-Carlo EM, draws growing to 100, 100 steps": (
+            jaxem.EM(jaxem.Sampled(jaxem.Linear(1, 1))),
+            100,
+        ),
+        "SAEM, 500 steps": (jaxem.EM(jaxem.Sampled(), jaxem.Running(rates(200))), 500),
+        "SAEM, 5000 steps": (jaxem.EM(jaxem.Sampled(), jaxem.Running(rates(1_000))), 5_000),
+    }
+    rows: dict[str, Any] = {}
+    for label, (algorithm, steps) in variants.items():
+        run = eqx.filter_jit(functools.partial(jaxem.fit, max_steps=steps, throw=False))
+        ends = [
+            best - float(run(start, x, algorithm, key=jax.random.key(seed)).objective)
+            for seed in range(10)
+        ]
+        rows[label] = f"median {statistics.median(ends):.3f}, worst {max(ends):.3f}"
+    record("sampled", f"full, N={n} D={d} K={k}, float32", rows)
+
+
+def annealing() -> None:
+    """How often fits from the same random starts end at the best maximum that any of them found.
+
+    A 3 × 3 grid of clusters with one component each, the standard trap of EM and k-means.
+    """
+    starts, side = 100, 3
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        grid = np.stack(np.meshgrid(np.arange(side), np.arange(side)), -1).reshape(-1, 2) * 4.0
+        x = jnp.asarray(grid[rng.integers(0, side**2, 900)] + 0.5 * rng.normal(size=(900, 2)))
+        keys = jax.random.split(jax.random.key(0), starts)
+        k = side**2
+        models = eqx.filter_vmap(
+            lambda key: jaxem.Mixture.init(key, x, k, jaxem.SphericalGaussian, method="random")
+        )(keys)
+        ends = {}
+        for label, algorithm in {
+            "EM": jaxem.EM(),
+            "Annealed, from 1.5 by 0.9": jaxem.EM(jaxem.Annealed(jaxem.Geometric(1.5, 0.9))),
+            "Annealed, from 2 by 0.95": jaxem.EM(jaxem.Annealed(jaxem.Geometric(2.0, 0.95))),
+            "Annealed, from 5 by 0.9": jaxem.EM(jaxem.Annealed(jaxem.Geometric(5.0, 0.9))),
+        }.items():
+            solution = jaxem.fit_restarts(models, x, algorithm, max_steps=2_000)
+            ends[label] = np.asarray(solution.objective)
+        best = max(np.nanmax(values) for values in ends.values())
+        rows: dict[str, Any] = {
+            label: f"{np.sum(values > best - 1e-3 * len(x))} of {starts}; median "
+            f"{np.nanmedian(best - values) / len(x):.3f} nats per unit below"
+            for label, values in ends.items()
+        }
+    record("annealing", f"{side} × {side} grid of spheres, K={k}, float64", rows)
+
+
+def throughput() -> None:
+    """Rows per second of mini-batch steps, as a share of those of full E-steps."""
+    n, d, k, size = 1_000_000, 8, 16, 20_000
+    x, means = data(n, d, k, 2.0)
+    model, x = jaxem_mixture("full", means), jnp.asarray(x)
+    full, batch = jaxem.EM(), jaxem.EM(accumulation=jaxem.Minibatch(size))
+    steps = n // size
+    key = jax.random.key(0)
+
+    @jax.jit
+    def pass_of(state: Any) -> Any:
+        def one(state: Any, number: Any) -> Any:
+            return batch.step(state, x, key=jax.random.fold_in(key, number)), None
+
+        return jax.lax.scan(one, state, jnp.arange(steps))[0]
+
+    whole = eqx.filter_jit(full.step)
+    begun, begun_batch = full.init(model, x), batch.init(model, x, key=key)
+    rows: dict[str, Any] = interleave(
+        {
+            f"{steps} steps of Minibatch({size})": lambda: pass_of(begun_batch),
+            "a full step": lambda: whole(begun, x),
+        },
+        runs=5,
+    )
+    shares = [row["times_ours"] for row in rows.values()]
+    rows["row throughput, share of full"] = round(shares[1], 2)
+    record("throughput", f"full, N={n} D={d} K={k}, float32", rows)
+
+
+def gradient() -> None:
+    """Gradient M-steps: programs compiled in a loop of one's own, and the steps they need."""
+    x, means = data(5_000, 4, 4, 2.0)
+    model, x = jaxem_mixture("full", means), jnp.asarray(x)
+    traces: list[None] = []
+    rows: dict[str, Any] = {}
+    for label, optimiser in {"L-BFGS": optax.lbfgs(), "Adam(0.02)": optax.adam(0.02)}.items():
+        algorithm = jaxem.EM(maximization=jaxem.Gradient(optimiser, 5))
+        traces.clear()
+
+        @eqx.filter_jit
+        def step(state: Any, algorithm: Any = algorithm) -> Any:
+            traces.append(None)
+            return algorithm.step(state, x)
+
+        state = algorithm.init(model, x)
+        for _ in range(10):
+            state = step(state)
+        found = jaxem.fit(model, x, algorithm, max_steps=1_000)
+        rows[label] = (
+            f"{len(traces)} program for 10 steps; {int(found.num_steps)} steps to converge"
+        )
+    rows["closed form"] = f"{int(jaxem.fit(model, x, max_steps=1_000).num_steps)} steps to converge"
+    record("gradient", "full, N=5000 D=4 K=4, 5 optimiser steps an M-step, float32", rows)
+
+
+SECTIONS = {
+    "ascent": ascent,
+    "acceleration": acceleration,
+    "online": online,
+    "incremental": incremental,
+    "sampled": sampled,
+    "annealing": annealing,
+    "throughput": throughput,
+    "gradient": gradient,
+}
+
+if __name__ == "__main__":
+    main(SECTIONS)

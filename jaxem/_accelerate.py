@@ -1,0 +1,270 @@
+"""Faster ways to the same fixed points: extrapolations of EM's steps in parameter space.
+
+Leaves are unconstrained, so that any extrapolation is a model. What it is worth is judged by the
+objective, which an E-step there gives anyway: it never falls, or EM's own step is taken instead.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, PyTree
+
+from jaxem import _linalg as la
+from jaxem._em import EM, AbstractAlgorithm, State
+from jaxem._hold import estimates, free_numbers
+from jaxem._posterior import Annealed
+
+
+class _Accelerated(AbstractAlgorithm):
+    """An algorithm around EM; its own memory stands beside that of EM's maximization."""
+
+    em: eqx.AbstractVar[EM]
+
+    @property
+    def ascends(self) -> bool:
+        return True
+
+    @property
+    def exact(self) -> bool:
+        return True
+
+    def settles(self, step):
+        return self.em.settles(step)
+
+    def em_map(self):
+        return self.em.em_map()
+
+    def init(self, model, data, *, weights=None, prior=None, key=None):
+        state = self.em.init(model, data, weights=weights, prior=prior, key=key)
+        size = free_numbers(model)[0]
+        return _with_memory(state, (state.maximization, self._start(size)))
+
+    def step(self, state, data, *, weights=None, prior=None, key=None):
+        inner, own = state.maximization
+        given: dict[str, Any] = {"weights": weights, "prior": prior, "key": key}
+        new, own = self._step(_with_memory(state, inner), own, data, given)
+        new = eqx.tree_at(lambda s: s.step, new, state.step + 1)
+        return _with_memory(new, (new.maximization, own))
+
+    @abc.abstractmethod
+    def _start(self, numbers: Array) -> PyTree[Array]:
+        """What is remembered before the first step."""
+
+    @abc.abstractmethod
+    def _step(
+        self, state: State, own: PyTree[Array], data: Any, given: dict[str, Any]
+    ) -> tuple[State, PyTree[Array]]:
+        """A state that is no worse, and what is remembered."""
+
+
+def _check_em(em: Any, name: str) -> None:
+    if not isinstance(em, EM):
+        raise ValueError(f"{name} accelerates an EM(…), got {em!r}.")
+    if not (em.ascends and em.exact):
+        reason = (
+            "its objective changes with the temperature: anneal first, then accelerate from there"
+            if isinstance(em.expectation, Annealed)
+            else "extrapolating random steps multiplies their noise: use Full() and Exact()"
+        )
+        raise ValueError(f"{name} needs a deterministic, monotone EM over all the data; {reason}.")
+
+
+def _with_memory(state: State, memory: PyTree[Array]) -> State:
+    return eqx.tree_at(lambda s: s.maximization, state, memory, is_leaf=lambda leaf: leaf is None)
+
+
+def _is_as_good(new: State, old: State) -> Array:
+    """Whether the objective is finite and did not fall by more than rounding."""
+    slack = 10 * jnp.finfo(old.objective.dtype).eps * jnp.abs(old.objective)
+    finite = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(new.model)])
+    return (new.objective >= old.objective - slack) & jnp.all(finite)
+
+
+class SQUAREM(_Accelerated):
+    """Squared extrapolation: θ − 2 α r + α² v, from two EM steps r and r + v.
+
+    α = −‖r‖ / ‖v‖, at most −1, where −1 is EM. An EM step from there ends it, so that a step costs
+    three E-steps, and a fourth where the objective would fall: then r and r + v are taken as
+    they are.
+
+    **Arguments:** `em`, the algorithm to accelerate.
+
+    **Raises:** `ValueError` if that is stochastic, annealed, or not over all the data.
+
+    Varadhan & Roland (2008), Scand. J. Stat. 35, scheme S3 and its step bounds.
+    """
+
+    em: EM = EM()
+
+    def __check_init__(self):
+        _check_em(self.em, "SQUAREM")
+
+    def _start(self, numbers):
+        return jnp.ones((), numbers.dtype)  # the longest step that is tried now
+
+    def _step(self, state, own, data, given):
+        em, longest = self.em, own
+        start, rebuild = free_numbers(state.model)
+        first = em.step(state, data, **given)
+        second_model, _ = em.maximize(first, data, **given)
+        # Lengths in natural parameters: a probability that vanishes stands still there, while
+        # its logarithm runs away.
+        points = [ravel_pytree(estimates(m))[0] for m in (state.model, first.model, second_model)]
+        bend = jnp.linalg.norm(points[2] - 2 * points[1] + points[0])
+        size = jnp.linalg.norm(points[1] - points[0])
+        length = jnp.clip(jnp.where(bend > 0, size / jnp.where(bend > 0, bend, 1), 1), 1, longest)
+        one, two = ravel_pytree(first.model)[0], ravel_pytree(second_model)[0]
+        r, v = one - start, two - 2 * one + start
+        proposed = rebuild(start + 2 * length * r + length**2 * v)
+
+        bold = em.step(em.expect(proposed, first, data, **given), data, **given)
+        good = _is_as_good(bold, state)
+        new = lax.cond(good, lambda: bold, lambda: em.step(first, data, **given))
+        at_bound = length == longest
+        longest = jnp.where(at_bound & good, 4 * longest, longest)
+        longest = jnp.where(at_bound & ~good, jnp.maximum(1, longest / 4), longest)
+        return new, longest
+
+
+class Overrelaxed(_Accelerated):
+    """EM's step, made longer by a factor that grows as long as the objective does not fall.
+
+    Each step costs one E-step, or two where it would fall: EM's own step is taken then, and the
+    factor starts again from 1.
+
+    **Arguments:** `em`, the algorithm to accelerate; `growth`, of the factor in each step.
+
+    **Raises:** `ValueError` if EM is stochastic, annealed, or not over all the data; for a growth
+    that is not above 1.
+
+    Salakhutdinov & Roweis (2003), ICML 20.
+    """
+
+    em: EM = EM()
+    growth: float = eqx.field(static=True, default=1.1)
+
+    def __check_init__(self):
+        _check_em(self.em, "Overrelaxed")
+        if not self.growth > 1:
+            raise ValueError(f"the factor of Overrelaxed must grow, got growth={self.growth}.")
+
+    def _start(self, numbers):
+        return jnp.ones((), numbers.dtype)
+
+    def _step(self, state, own, data, given):
+        start, rebuild = free_numbers(state.model)
+        model, memory = self.em.maximize(state, data, **given)
+        longer = rebuild(start + own * (ravel_pytree(model)[0] - start))
+        bold = self.em.expect(longer, _with_memory(state, memory), data, **given)
+        good = _is_as_good(bold, state)
+        new = lax.cond(good, lambda: bold, lambda: self.em.step(state, data, **given))
+        return new, jnp.where(good, self.growth * own, 1)
+
+
+class Anderson(_Accelerated):
+    """Anderson acceleration, damped, restarted and monotone (DAAREM).
+
+    The next point is where a linear model of the residuals f = M(θ) − θ of the last steps
+    vanishes, as far as damping allows. Each step costs one E-step, or two where the point is no
+    better than the last one and EM's own step is taken instead.
+
+    **Arguments:** `em`, the algorithm to accelerate; `order`, how many steps are remembered; the
+    memory is emptied when it is full.
+
+    **Raises:** `ValueError` if EM is stochastic, annealed, or not over all the data; for an order
+    below 1.
+
+    Henderson & Varadhan (2019), J. Comp. Graph. Stat. 28.
+    """
+
+    em: EM = EM()
+    order: int = eqx.field(static=True, default=10)
+
+    def __check_init__(self):
+        _check_em(self.em, "Anderson")
+        if isinstance(self.order, bool) or self.order < 1:
+            raise ValueError(f"Anderson remembers one step or more, got order={self.order}.")
+
+    def _start(self, numbers):
+        nothing = jnp.zeros((min(self.order, numbers.size), numbers.size), numbers.dtype)
+        count = jnp.zeros((), jnp.int32)
+        lost = jnp.zeros_like(numbers)
+        return _Memory(nothing, nothing, lost, lost, count, count)
+
+    def _step(self, state, own, data, given):
+        em = self.em
+        start, rebuild = free_numbers(state.model)
+        model, memory = em.maximize(state, data, **given)
+        residual = ravel_pytree(model)[0] - start
+        own = own.remember(start, residual)
+        step = residual - own.correction(residual)
+        after = _with_memory(state, memory)
+        bold = em.expect(rebuild(start + step), after, data, **given)
+        good = _is_as_good(bold, state)
+        new = lax.cond(good, lambda: bold, lambda: em.step(state, data, **given))
+        return new, own.judged(good)
+
+
+class _Memory(eqx.Module):
+    """Differences of points and of residuals since the last restart, and how bold to be."""
+
+    points: Array  # (m, p), rows used from the first on
+    residuals: Array  # (m, p)
+    point: Array  # the last ones, (p,)
+    residual: Array
+    count: Array  # points seen since the restart
+    trust: Array  # steps accepted, less what failures cost
+
+    def remember(self, point: Array, residual: Array) -> _Memory:
+        fresh = self.emptied(self.count > len(self.points))
+        seen, place = fresh.count > 0, jnp.maximum(fresh.count - 1, 0)
+        points = jnp.where(seen, fresh.points.at[place].set(point - self.point), fresh.points)
+        moved = fresh.residuals.at[place].set(residual - self.residual)
+        residuals = jnp.where(seen, moved, fresh.residuals)
+        return _Memory(points, residuals, point, residual, fresh.count + 1, self.trust)
+
+    def emptied(self, now: Array) -> _Memory:
+        zero = lambda leaf: jnp.where(now, jnp.zeros_like(leaf), leaf)  # noqa: E731
+        return eqx.tree_at(lambda m: (m.points, m.residuals, m.count), self, replace_fn=zero)
+
+    def correction(self, residual: Array) -> Array:
+        """(ΔX + ΔF) γ, with γ the damped least-squares solution of ΔF γ = f."""
+        rows = self.residuals
+        gram = la.matmul(rows, rows.T)
+        values, basis = jnp.linalg.eigh(gram)
+        values = jnp.maximum(values, 0)
+        aim = la.matmul(basis.T, la.matmul(rows, residual))
+        floor = 100 * jnp.finfo(values.dtype).eps * jnp.max(values)
+        known = values > jnp.where(floor > 0, floor, 1)
+
+        def size(ridge: Array) -> Array:
+            return jnp.sum(jnp.where(known, aim / jnp.where(known, values + ridge, 1), 0) ** 2)
+
+        # ‖γ‖² is a share of its undamped value, found by bisection of the ridge
+        share = 1 / (1 + 1.2 ** (25.0 - self.trust))
+        target = share * size(jnp.zeros((), values.dtype))
+
+        def halve(_: Any, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+            low, high = ends
+            middle = 0.5 * (low + high)
+            over = size(jnp.exp(middle)) > target
+            return jnp.where(over, middle, low), jnp.where(over, high, middle)
+
+        top = jnp.log(jnp.where(jnp.max(values) > 0, jnp.max(values), 1))
+        span = -jnp.log(jnp.finfo(values.dtype).eps)
+        low, high = lax.fori_loop(0, 40, halve, (top - 2 * span, top + span))
+        ridge = jnp.exp(0.5 * (low + high))
+        gamma = la.matmul(basis, jnp.where(known, aim / jnp.where(known, values + ridge, 1), 0))
+        return la.matmul(gamma, self.points + self.residuals)
+
+    def judged(self, good: Array) -> _Memory:
+        """Bolder after a step that was accepted; a failure empties the memory."""
+        trust = jnp.where(good, self.trust + 1, jnp.maximum(self.trust - len(self.points), -50))
+        return eqx.tree_at(lambda m: m.trust, self, trust).emptied(~good)

@@ -1,0 +1,137 @@
+"""Other M-steps than the model's own: gradients of Q, and one block of parameters after another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import Array, Float, PyTree
+
+from jaxem._em import AbstractMaximization
+from jaxem._hold import free_numbers, freeze, natural_names
+
+
+class Gradient(AbstractMaximization):
+    """Generalised EM: a few steps of an Optax optimiser up Q, from where the model stands.
+
+    If Q ends lower than it began, the step is halved until it does not. Q is a sum over units:
+    the scale of a learning rate is that of their number, unless the optimiser adapts.
+
+    **Arguments:** `optimiser`, such as `optax.adam(1e-2)` or `optax.lbfgs()`; it compares by
+    identity, so make it once. `num_steps` for each M-step. `objective`: climb the objective
+    itself instead of Q, at the cost of an E-step and its derivative each time (ECME).
+
+    **Raises:** `ValueError` for something else than an optimiser, or no step.
+
+    Dempster, Laird & Rubin (1977), section 1; Lange (1995), JRSS B 57; Liu & Rubin (1994),
+    Biometrika 81 (ECME).
+    """
+
+    ascends: ClassVar[bool] = True
+    optimiser: optax.GradientTransformation = eqx.field(static=True)
+    num_steps: int = eqx.field(static=True, default=5)
+    objective: bool = eqx.field(static=True, default=False)
+
+    def __check_init__(self):
+        if not (hasattr(self.optimiser, "init") and hasattr(self.optimiser, "update")):
+            raise ValueError(f"Gradient takes an Optax optimiser, got {self.optimiser!r}.")
+        if isinstance(self.num_steps, bool) or self.num_steps < 1:
+            raise ValueError(f"Gradient takes one step or more, got {self.num_steps}.")
+
+    def init(self, model):
+        return _strongly_typed(self.optimiser.init(free_numbers(model)[0]))
+
+    def __call__(self, statistics, memory, evaluate):
+        start, rebuild = free_numbers(statistics.frame)
+        update = optax.with_extra_args_support(self.optimiser).update
+
+        def loss(numbers: Array) -> Float[Array, ""]:
+            model = rebuild(numbers)
+            return -(evaluate(model)[1] if self.objective else model.expected_log_prob(statistics))
+
+        def ascend(carry: tuple[Array, Any], _: None) -> tuple[tuple[Array, Any], None]:
+            numbers, memory = carry
+            value, slope = jax.value_and_grad(loss)(numbers)
+            extra = {"value": value, "grad": slope, "value_fn": loss}
+            change, memory = update(slope, memory, numbers, **extra)
+            return (optax.apply_updates(numbers, change), memory), None  # pyright: ignore
+
+        (end, memory), _ = lax.scan(ascend, (start, memory), length=self.num_steps)
+        return rebuild(_not_worse(loss, start, end)), _strongly_typed(memory)
+
+
+def _strongly_typed(tree: PyTree[Array]) -> PyTree[Array]:
+    """Arrays that keep their dtype, so that the next step is the same program."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.asarray(leaf).dtype), tree)
+
+
+def _not_worse(loss: Any, start: Array, end: Array) -> Array:
+    """The end, or a point on the way to it whose loss is no larger than the start's."""
+    bound = loss(start)
+
+    def worse(share: Array) -> Array:
+        return ~(loss(start + share * (end - start)) <= bound) & (share > 1e-9)
+
+    share = lax.while_loop(worse, lambda share: share / 2, jnp.ones((), start.dtype))
+    return jnp.where(share > 1e-9, start + share * jnp.where(share > 1e-9, end - start, 0), start)
+
+
+class Conditional(AbstractMaximization):
+    """ECM: one block of parameters after another is maximised, the others held.
+
+    **Arguments:** `blocks`, pairs of names and the M-step for them, as in
+    `Conditional((("weights", "components.covariance"), ClosedForm()), (("components.mean",),
+    Gradient(optax.lbfgs())))`. A block whose M-step climbs the objective makes it ECME.
+
+    **Raises:** `ValueError` for something else than such pairs, or, at the first step, for a
+    name that is not a natural parameter of the model.
+
+    Meng & Rubin (1993), Biometrika 80; Liu & Rubin (1994), Biometrika 81.
+    """
+
+    blocks: tuple[tuple[tuple[str, ...], AbstractMaximization], ...]
+
+    def __init__(self, *blocks: tuple[str | Sequence[str], AbstractMaximization]):
+        if not blocks or not all(
+            isinstance(block, tuple)
+            and len(block) == 2
+            and isinstance(block[1], AbstractMaximization)
+            for block in blocks
+        ):
+            raise ValueError(
+                "Conditional takes pairs of parameter names and an M-step, such as "
+                '("components.mean", ClosedForm()).'
+            )
+        self.blocks = tuple(
+            ((names,) if isinstance(names, str) else tuple(names), step) for names, step in blocks
+        )
+
+    @property
+    def ascends(self) -> bool:
+        return all(step.ascends for _, step in self.blocks)
+
+    def init(self, model):
+        return tuple(step.init(_only(model, names)) for names, step in self.blocks)
+
+    def __call__(self, statistics, memory, evaluate):
+        model, remembered = statistics.frame, []
+        for (names, step), own in zip(self.blocks, memory, strict=True):
+            found, own = step(statistics.at(_only(model, names)), own, evaluate)
+            # the leaves that were found, and what was held before
+            model = jax.tree.unflatten(jax.tree.structure(model), jax.tree.leaves(found))
+            remembered.append(own)
+        return model, tuple(remembered)
+
+
+def _only(model: Any, names: tuple[str, ...]) -> Any:
+    """The model with everything held but these natural parameters."""
+    known = natural_names(model)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is not a natural parameter; the model has {known}.")
+    return freeze(model, *(name for name in known if name not in names))

@@ -1,0 +1,1000 @@
+"""Hidden Markov models: what the laws of `test_laws.py` do not see."""
+
+import functools
+
+import equinox as eqx
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from models import CASES, HMMS, LENGTHS, MEAN, OBSERVED, SEQUENCES, STAGES, STAY
+
+import jaxem
+from jaxem import HMM, RESULTS, Sequences, Transition
+from jaxem._hold import natural_parameters
+
+KEY = jax.random.key(0)
+RAGGED = ["hmm-gaussian", "hmm-left-to-right"]
+
+
+@eqx.filter_jit
+def e_step(model, data, weights=None, posterior=jaxem.Exact()):
+    statistics, value = model.e_step(data, weights, posterior=posterior)
+    return statistics.sums, value
+
+
+@eqx.filter_jit
+def step(model, data, prior=None, posterior=jaxem.Exact()):
+    """One step of EM: the next model and the statistics that it comes from."""
+    statistics, value = model.e_step(data, posterior=posterior)
+    total = statistics if prior is None else statistics + prior
+    return model.m_step(total), total, value
+
+
+@eqx.filter_jit
+def of_q(model, statistics):
+    return jax.value_and_grad(lambda m: m.expected_log_prob(statistics))(model)
+
+
+@eqx.filter_jit
+def slopes(model, data, weights):
+    """Derivatives of the log-likelihood by model, data (zero for integers) and weights."""
+
+    def total(model, values, weights):
+        new = eqx.tree_at(lambda d: d.values, data, values)
+        return model.e_step(new, weights)[1]
+
+    by_model, by_values, by_weights = jax.grad(total, argnums=(0, 1, 2), allow_int=True)(
+        model, data.values, weights
+    )
+    if by_values.dtype == jax.dtypes.float0:
+        by_values = jnp.zeros(data.values.shape)
+    return by_model, by_values, by_weights
+
+
+def close(a, b, tol=1e-10):
+    """Trees agree leaf by leaf; a list is an array."""
+    a, b = (jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, list)) for tree in (a, b))
+    for left, right in zip(a, b, strict=True):
+        np.testing.assert_allclose(left, right, rtol=tol, atol=tol)
+
+
+def finite(tree):
+    return all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(tree))
+
+
+def lane(tree, index):
+    return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+def gaussians(initial=(0.6, 0.4), transition=STAY):
+    return HMM(initial, transition, jaxem.SphericalGaussian(MEAN, [1.0, 1.3]))
+
+
+X = jnp.asarray(SEQUENCES)
+
+
+# Sequences of different lengths
+
+
+def alone(data, i):
+    """One sequence without what lies beyond its end."""
+    n = int(data.lengths[i])
+    return Sequences(data.values[i : i + 1, :n], observed=data.observed[i : i + 1, :n])
+
+
+@eqx.filter_jit
+def said_of(model, data):
+    """What the model says of each sequence and each of its steps."""
+    paths, best = model.best_paths(data, 2)
+    of_steps = {
+        "filtered": model.filtered(data),
+        "smoothed": model.responsibilities(data),
+        "increments": model.one_step_log_prob(data),
+        "paths": jnp.moveaxis(paths, 1, 2),
+    }
+    of_sequences = {
+        "log_prob": model.log_prob(data),
+        "best": best,
+        "forecast": model.forecast(data, 3),
+        "impossible": model.first_impossible(data),
+    }
+    return of_steps, of_sequences
+
+
+@pytest.mark.parametrize("name", RAGGED)
+def test_ragged_sequences_are_each_of_them(name):
+    model, data, *_ = CASES[name]()
+    sums, value = e_step(model, data)
+    parts = [e_step(model, alone(data, i)) for i in range(7)]
+    whole = e_step(model, lane(data, slice(0, 7)))
+    close(jax.tree.map(lambda *leaves: sum(leaves), *parts), whole)
+    of_steps, of_sequences = said_of(model, data)
+    for i in (0, 3, 6):
+        own_steps, own = said_of(model, alone(data, i))
+        n = int(data.lengths[i])
+        close(jax.tree.map(lambda leaf, i=i, n=n: leaf[i, :n], of_steps), lane(own_steps, 0))
+        close(lane(of_sequences, i), lane(own, 0))
+    beyond = np.arange(9) >= LENGTHS[:, None]
+    for what in ("filtered", "smoothed", "increments"):
+        assert np.all(np.asarray(of_steps[what])[beyond] == 0)
+    # One of the steps that were not observed: nothing is learnt there.
+    np.testing.assert_allclose(of_steps["increments"][~OBSERVED], 0, atol=1e-14)
+    close(jnp.sum(of_steps["increments"], axis=1), of_sequences["log_prob"])
+
+
+@pytest.mark.parametrize("name", RAGGED)
+def test_padding_is_nothing(name):
+    """Longer, and filled with NaN: equal statistics, and derivatives that are zero there."""
+    model, data, *_ = CASES[name]()
+    weights = jnp.linspace(0, 2, 14)
+    counts = np.asarray(data.present)
+    spoilt = jnp.where(counts[:, :, None], data.values, jnp.nan)
+    longer = jnp.concatenate([spoilt, jnp.full((14, 3, spoilt.shape[2]), jnp.nan)], axis=1)
+    seen = jnp.concatenate([data.observed, jnp.ones((14, 3), bool)], axis=1)
+    longer = Sequences(longer, LENGTHS, observed=seen)
+    close(e_step(model, longer, weights), e_step(model, data, weights))
+    close(model.log_prob(longer), model.log_prob(data))
+    of_model, of_values, of_weights = slopes(model, longer, weights)
+    other = slopes(model, data, weights)
+    close((of_model, of_weights), (other[0], other[2]))
+    close(of_values[:, :9], other[1])
+    assert np.all(np.asarray(of_values)[:, 9:] == 0)
+    assert np.all(np.asarray(of_values)[:, :9][~counts] == 0)
+
+
+def test_a_step_that_was_not_observed_is_summed_over():
+    """Its two values summed over give the probability of the rest."""
+    bits = jaxem.Bernoulli([[0.2], [0.7]])
+    model = HMM([0.6, 0.4], STAY, bits)
+    x = jnp.asarray([[1, 0, 1, 1, 0], [0, 0, 1, 1, 1]])[:, :, None]
+    observed = np.ones((2, 5), bool)
+    observed[0, 0] = observed[1, 2] = observed[1, 4] = False
+    hidden = jnp.where(observed[:, :, None], x, 7)
+    found = model.log_prob(Sequences(hidden, observed=observed))
+    each = [
+        model.log_prob(x.at[0, 0].set(a).at[1, 2].set(a).at[1, 4].set(b))
+        for a in (0, 1)
+        for b in (0, 1)
+    ]
+    first, second = jnp.stack(each).T
+    close(found, [jax.nn.logsumexp(first[jnp.array([0, 2])]), jax.nn.logsumexp(second)])
+
+
+@pytest.mark.parametrize("name", HMMS)
+def test_weights_count_sequences(name):
+    """2 is twice and 0 is absent, whatever its steps hold, within its length."""
+    model, data, *_ = CASES[name]()
+    data = data if isinstance(data, Sequences) else Sequences(data)
+    spoil = lambda leaf: leaf.at[1].set(jnp.nan if leaf.dtype == float else -7)  # noqa: E731
+    spoilt = eqx.tree_at(lambda d: d.values, data, spoil(data.values))
+    if data.inputs is not None:
+        spoilt = eqx.tree_at(lambda d: d.inputs, spoilt, spoil(data.inputs))
+    weights = jnp.ones(14).at[0].set(2).at[1].set(0)
+    listed = lane(data, jnp.array([0, 0, *range(2, 14)]))
+    close(e_step(model, spoilt, weights), e_step(model, listed))
+    options = dict(tol=0.0, max_steps=4)
+    weighted, twice = (
+        jaxem.fit(model, spoilt, weights=weights, **options),
+        jaxem.fit(model, listed, **options),
+    )
+    close((weighted.model, weighted.history), (twice.model, twice.history))
+    of_model, of_values, of_weights = slopes(model, spoilt, weights)
+    assert finite((of_model, of_weights))
+    assert np.all(of_values[1] == 0)
+
+
+def test_a_sequence_of_weight_0_has_a_derivative_where_it_is_possible():
+    model, data, *_ = CASES["hmm-gaussian"]()
+    weights = jnp.ones(14).at[1].set(0)
+    close(slopes(model, data, weights)[2], model.log_prob(data))
+
+
+# Lists of sequences
+
+
+def test_from_list_and_split_agree():
+    parts = [SEQUENCES[i, :n] for i, n in enumerate(LENGTHS)]
+    listed = Sequences.from_list(parts)
+    assert listed.values.shape == (14, 10, 2) and listed.lengths.tolist() == LENGTHS.tolist()
+    rows = np.concatenate(parts)
+    starts = np.zeros(len(rows), bool)
+    starts[np.cumsum(LENGTHS) - LENGTHS] = True
+    for other in (Sequences.split(rows, LENGTHS), Sequences.split(rows, starts=starts)):
+        close(other, listed, 0)
+    fixed = Sequences.split(rows, LENGTHS, num_steps=9)
+    assert fixed.values.shape == (14, 9, 2)
+    model = gaussians()
+    close(e_step(model, listed), e_step(model, fixed))
+    close(e_step(model, fixed), e_step(model, Sequences(SEQUENCES, LENGTHS)))
+    np.testing.assert_array_equal(listed.within, np.arange(10) < LENGTHS[:, None])
+
+
+def test_lists_of_mixed_steps_with_masks_and_inputs():
+    pair = [(SEQUENCES[i, :n], np.arange(2 * n).reshape(n, 2)) for i, n in enumerate((4, 6))]
+    masks = [np.arange(4) != 2, np.arange(6) != 5]
+    inputs = [np.ones((4, 1)), 2 * np.ones((6, 1))]
+    data = Sequences.from_list(pair, observed=masks, inputs=inputs)
+    assert [leaf.shape for leaf in data.values] == [(2, 6, 2), (2, 6, 2)]
+    assert data.values[1].dtype == int and data.inputs.shape == (2, 6, 1)
+    present = [[1, 1, 0, 1, 0, 0], [1, 1, 1, 1, 1, 0]]
+    np.testing.assert_array_equal(data.present, np.array(present, bool))
+    np.testing.assert_array_equal(data.steps()[1][6:], pair[1][1])
+
+
+def test_lists_of_integers_and_floats_become_floats():
+    data = Sequences.from_list([np.ones((2, 1), int), np.full((3, 1), 0.5)])
+    assert data.values[1, 0, 0] == 0.5
+
+
+@pytest.mark.parametrize("longest", [1, 2, 7, 8, 9, 11, 17, 100, 129, 1000])
+def test_rounded_lengths_are_at_most_a_quarter_longer(longest):
+    steps = Sequences.from_list([np.zeros((longest, 1))]).values.shape[1]
+    assert longest <= steps <= 1.25 * longest
+
+
+class Compilations:
+    def __init__(self):
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self.listen)
+
+    def listen(self, event, duration, **kwargs):
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+
+COMPILATIONS = Compilations()
+
+
+def compilations(call):
+    before = COMPILATIONS.count
+    jax.block_until_ready(jax.tree.leaves(call()))
+    return COMPILATIONS.count - before
+
+
+def test_new_lengths_of_like_size_compile_nothing():
+    def call(lengths):
+        data = Sequences.from_list(
+            [SEQUENCES[i, :n] for i, n in enumerate(lengths)], num_steps=None
+        )
+        model = gaussians()
+        solution = jaxem.fit(model, data, max_steps=5)
+        return solution, model.viterbi(data), model.log_prob(data), model.forecast(data, 2)
+
+    call([9, 3, 4])
+    assert compilations(lambda: call([9, 9, 1])) == 0
+    assert compilations(lambda: call([5, 3, 2])) > 0  # another size
+
+
+# The M-step
+
+
+@eqx.filter_jit
+def counted(model, data):
+    """Expected first states and transitions, pair by pair."""
+    log_b = model.emission.log_prob_at(model.emission.coordinates(), data.steps())
+    log_b = jnp.where(data.present[:, :, None], log_b.reshape(*data.present.shape, -1), 0)
+    matrix = model.transition.matrix
+    found = jax.vmap(lambda b: jaxem.chain.smoothing(model.initial, matrix, b))(log_b)
+    pairs = found.before[:, :-1, :, None] * matrix * found.after[:, 1:, None, :]
+    pairs = jnp.where(data.within[:, 1:, None, None], pairs, 0)
+    return jnp.sum(found.smoothed[:, 0], axis=0), jnp.sum(pairs, axis=(0, 1))
+
+
+def shares(counts):
+    return counts / jnp.sum(counts, axis=-1, keepdims=True)
+
+
+def test_the_m_step_shares_expected_counts():
+    model, data, *_ = CASES["hmm-gaussian"]()
+    first, moved = counted(model, data)
+    after, *_ = step(model, data)
+    close(after.initial, shares(first))
+    close(after.transition.matrix, shares(moved))
+    close(jnp.sum(first), 14.0)
+    close(jnp.sum(moved), float(np.sum(LENGTHS - 1)))
+
+
+def test_structural_zeros_stay_zero():
+    model, data, *_ = CASES["hmm-left-to-right"]()
+    solution = jaxem.fit(model, data, tol=0.0, max_steps=10)
+    possible = np.triu(np.tri(3, k=1)) > 0
+    matrix = np.asarray(solution.model.transition.matrix)
+    assert np.all((matrix > 0) == possible)
+    assert model.num_free_parameters == 2 + 2 + 6
+    close(shares(counted(model, data)[1]), step(model, data)[0].transition.matrix)
+    smoothed = np.asarray(solution.model.responsibilities(data))
+    paths, _ = solution.model.viterbi(data)
+    assert np.all(np.diff(paths, axis=1) >= 0) and np.all(np.diff(paths, axis=1) <= 1)
+    never = jaxem.Transition.left_to_right(3, 0.7)
+    ahead = HMM([1.0, 0.0, 0.0], never, model.emission)  # floored, not a structural zero
+    assert np.all(ahead.responsibilities(data)[:, 0, 1:] < 1e-290) and np.all(smoothed >= 0)
+
+
+def test_zeros_under_jit_need_a_mask():
+    matrix, mask = jnp.array([[0.5, 0.5], [0.0, 1.0]]), [[True, True], [False, True]]
+    assert Transition(matrix).mask == ((True, True), (False, True))
+    assert jax.jit(lambda m: Transition(m).matrix)(matrix)[1, 0] > 0
+    assert jax.jit(lambda m: Transition(m, mask).matrix)(matrix)[1, 0] == 0
+
+
+def test_a_row_that_is_never_left_stays_as_it_is():
+    """No transitions out of the last state were seen: nothing was counted."""
+    model = HMM([0.5, 0.5], STAY, jaxem.SphericalGaussian(MEAN, [1.0, 1.3]))
+    after, *_ = step(model, X[:, :1])
+    close(after.transition.matrix, STAY)
+    assert finite(after)
+
+
+def test_tied_rows_share_their_counts():
+    three = jaxem.SphericalGaussian([[0.0], [1.5], [4.0]], [1.0, 1.2, 0.9])
+    rows = np.array([[0.2, 0.5, 0.3], [0.6, 0.1, 0.3], [0.2, 0.5, 0.3]])
+    model = HMM([0.4, 0.3, 0.3], Transition(rows, tied=["a", "b", "a"]), three)
+    data = Sequences(jnp.asarray(STAGES), LENGTHS)
+    assert model.num_free_parameters == 2 + 2 * 2 + 6
+    _, moved = counted(model, data)
+    pooled = jnp.stack([moved[0] + moved[2], moved[1], moved[0] + moved[2]])
+    close(step(model, data)[0].transition.matrix, shares(pooled))
+    solution = jaxem.fit(model, data, tol=0.0, max_steps=15)
+    matrix = solution.model.transition.matrix
+    np.testing.assert_array_equal(matrix[0], matrix[2])
+    assert np.all(np.diff(solution.history) > -1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "mask"),
+    [
+        ("initial", None),
+        ("initial", [True, False]),
+        ("transition.matrix", None),
+        ("transition.matrix", [False, True]),
+        ("emission.mean", [True, False]),
+    ],
+)
+def test_freezing(name, mask):
+    """What is held does not move, what is free goes to the constrained maximum."""
+    model, data, *_ = CASES["hmm-gaussian"]()
+    held = jaxem.freeze(model, name, mask=mask)
+    after, statistics, _ = step(held, data)
+    free, *_ = step(model, data)
+    which = np.array([True, True] if mask is None else mask)
+    get = lambda m: functools.reduce(getattr, name.split("."), m)  # noqa: E731
+    np.testing.assert_allclose(get(after)[which], get(model)[which], rtol=1e-15)
+    if name == "initial":
+        close(jnp.sum(after.initial), 1.0)
+        assert held.num_free_parameters == model.num_free_parameters - 1
+    elif name == "transition.matrix":
+        close(get(after)[~which], get(free)[~which])
+        assert held.num_free_parameters == model.num_free_parameters - which.sum()
+    moved = jaxem.freeze(free, name, mask=mask)
+    assert of_q(after, statistics)[0] <= of_q(moved, statistics)[0] + 1e-9
+    solution = jaxem.fit(held, data, tol=0.0, max_steps=10)
+    assert np.all(np.diff(solution.history) > -1e-9)
+    np.testing.assert_allclose(get(solution.model)[which], get(model)[which], rtol=1e-14)
+    assert jax.tree.structure(jaxem.unfreeze(held, name)) == jax.tree.structure(model)
+
+
+# Priors
+
+
+@pytest.mark.parametrize("sticky", [0.0, 3.0])
+def test_dirichlet_priors_are_pseudo_counts(sticky):
+    model, data, *_ = CASES["hmm-gaussian"]()
+    concentration = np.array([[1.5, 2.0], [1.0, 4.0]])
+    rows = model.transition.prior(concentration, sticky)
+    prior = model.prior(initial=[2.0, 1.5], transition=rows)
+    first, moved = counted(model, data)
+    after, *_ = step(model, data, prior)
+    close(after.initial, shares(first + jnp.array([1.0, 0.5])))
+    close(after.transition.matrix, shares(moved + concentration - 1 + sticky * np.eye(2)))
+    plain, *_ = step(model, data)
+    close(after.emission, plain.emission)
+
+
+def test_a_prior_of_tied_and_forbidden_transitions():
+    """Rows that share a distribution share their pseudo-counts; what is forbidden gets none."""
+    tied = Transition([[0.5, 0.5], [0.5, 0.5]], tied=[0, 0])
+    close(tied.prior(2.0, sticky=1.0).sums, [[2.0, 2.0]])
+    ahead = Transition.left_to_right(3)
+    close(ahead.prior(2.0, sticky=4.0).sums, [[5.0, 1, 0], [0, 5, 1], [0, 0, 5]])
+    flat = ahead.prior()
+    assert np.all(flat.sums == 0)
+
+
+@pytest.mark.parametrize("name", HMMS)
+def test_map_em_climbs_to_a_posterior_mode(name):
+    model, data, *_ = CASES[name]()
+    logistic = name == "hmm-logistic-transition"
+    rows = model.transition.prior(2.0) if logistic else model.transition.prior(1.5, 2.0)
+    prior = model.prior(initial=2.0, transition=rows)
+    solution = jaxem.fit(model, data, prior=prior, tol=1e-12, max_steps=3000)
+    assert solution.result == RESULTS.converged
+    assert np.all(np.diff(solution.history[: solution.num_steps + 1]) > -1e-9)
+
+    @jax.jit
+    def objective(m):
+        return m.e_step(data)[1] + m.expected_log_prob(prior)
+
+    close(objective(solution.model), solution.objective, 1e-12)
+    gradient = jax.jit(jax.grad(objective))(solution.model)
+    assert max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(gradient)) < 1e-5
+    assert objective(solution.model) > objective(jaxem.fit(model, data).model) + 1e-4
+
+
+# A stationary start
+
+
+def test_the_stationary_m_step_maximises():
+    """No other matrix has a higher Q: its gradient is zero, and counting alone falls short."""
+    model, data, *_ = CASES["hmm-stationary"]()
+    after, statistics, _ = step(model, data)
+    value, gradient = of_q(after, statistics)
+    assert np.max(np.abs(gradient.transition.logits)) < 1e-9
+    first, moved = statistics.sums[:2]
+    counting = HMM("stationary", shares(moved), after.emission)
+    assert value > of_q(counting, statistics)[0] + 1e-4
+    close(after.initial @ after.transition.matrix, after.initial)
+    assert model.num_free_parameters == 2 + 2
+
+
+def test_a_stationary_fit_is_a_maximum_of_the_likelihood():
+    model, data, *_ = CASES["hmm-stationary"]()
+    solution = jaxem.fit(model, data, tol=1e-13)
+    score = jax.jit(jax.grad(lambda m: m.e_step(data)[1]))(solution.model)
+    assert max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(score)) < 1e-6
+
+
+@pytest.mark.parametrize("rows", [None, [True, False]])
+def test_a_stationary_fit_with_zeros_and_held_rows_climbs(rows):
+    matrix = np.array([[0.7, 0.3, 0.0], [0.1, 0.6, 0.3], [0.4, 0.0, 0.6]])
+    emission = jaxem.SphericalGaussian([[0.0], [1.5], [4.0]], [1.0, 1.2, 0.9])
+    model = HMM("stationary", matrix, emission)
+    if rows is not None:
+        model = jaxem.freeze(model, "transition.matrix", mask=[True, False, True])
+    solution = jaxem.fit(model, jnp.asarray(STAGES), tol=0.0, max_steps=25)
+    assert np.all(np.diff(solution.history) > -1e-9)
+    fitted = np.asarray(solution.model.transition.matrix)
+    assert np.all((fitted > 0) == (matrix > 0))
+    if rows is not None:
+        close(fitted[[0, 2]], matrix[[0, 2]], 1e-14)
+        assert abs(fitted[1] - matrix[1]).max() > 1e-3
+
+
+# Transitions driven by inputs
+
+
+def test_weights_of_zero_are_a_plain_transition():
+    model, data, *_ = CASES["hmm-logistic-transition"]()
+    driven = HMM(model.initial, jaxem.LogisticTransition(STAY, 1), model.emission)
+    plain = HMM(model.initial, STAY, model.emission)
+    close(driven.log_prob(data), plain.log_prob(data.values))
+    fitted = jaxem.fit(
+        jaxem.freeze(driven, "transition.weights"), data, tol=1e-11, max_steps=5000
+    ).model
+    other = jaxem.fit(plain, data.values, tol=1e-11).model
+    close(fitted.transition.baseline, other.transition.matrix, 1e-6)
+    close(fitted.emission, other.emission, 1e-6)
+
+
+def test_inputs_that_drive_nothing_do_not_matter():
+    """Those of first steps and beyond the ends."""
+    model, data, *_ = CASES["hmm-logistic-transition"]()
+    ends = jnp.asarray(LENGTHS)
+    within = Sequences(data.values, ends, inputs=data.inputs)
+    idle = (np.arange(9) == 0) | (np.arange(9) >= LENGTHS[:, None])
+    spoilt = Sequences(data.values, ends, inputs=jnp.where(idle[:, :, None], jnp.nan, data.inputs))
+    close(e_step(model, spoilt), e_step(model, within))
+    close(model.log_prob(spoilt), model.log_prob(within))
+    assert finite(slopes(model, spoilt, jnp.ones(14)))
+    other = Sequences(data.values, ends, inputs=data.inputs.at[:, 4].add(1.0))
+    assert np.max(np.abs(model.log_prob(other) - model.log_prob(within))) > 1e-3
+
+
+def test_inputs_drive_the_step_into_theirs():
+    """An input that forces state 1 at one step alone."""
+    force = jaxem.LogisticTransition([[0.5, 0.5], [0.5, 0.5]], [[[-40.0], [40.0]]] * 2)
+    model = HMM([1.0, 0.0], force, jaxem.Poisson([[1.0], [5.0]]))
+    inputs = jnp.zeros((50, 6, 1)).at[:, 3].set(1.0)
+    _, z = model.sample(KEY, 50, 6, inputs)
+    assert np.all(z[:, 3] == 1) and 0 < np.mean(z[:, 2]) < 1 and 0 < np.mean(z[:, 4]) < 1
+    x = jnp.ones((50, 6, 1), int)
+    smoothed = model.responsibilities(Sequences(x, inputs=inputs))
+    assert np.all(smoothed[:, 3, 1] > 0.999) and np.all(smoothed[:, 2, 1] < 0.5)
+
+
+def test_logistic_weights_are_found_again():
+    truth = jaxem.LogisticTransition(STAY, [[[1.0], [-1.0]], [[-0.5], [0.5]]])
+    model = HMM([0.5, 0.5], truth, jaxem.Poisson([[1.0], [30.0]]))
+    inputs = jax.random.normal(jax.random.key(1), (20, 100, 1))
+    x, _ = model.sample(jax.random.key(2), 20, 100, inputs)
+    start = HMM([0.5, 0.5], jaxem.LogisticTransition(STAY, 1), model.emission)
+    data = Sequences(x, inputs=inputs)
+    solution = jaxem.fit(start, data, tol=1e-6)
+    errors = jaxem.standard_errors(solution, data)["transition"]["weights"]
+    gaps = np.abs(solution.model.transition.weights - truth.weights)
+    assert np.all(gaps < 4 * errors) and np.all(errors < 0.2)
+
+
+# Starts
+
+
+@pytest.mark.parametrize("method", ["k-means++", "random"])
+def test_a_start_is_pure_and_ignores_what_does_not_count(method):
+    keys = jax.random.split(KEY, 3)
+    counts = np.asarray(Sequences(SEQUENCES, LENGTHS, observed=OBSERVED).present)
+    spoilt = Sequences(jnp.where(counts[:, :, None], X, jnp.nan), LENGTHS, observed=OBSERVED)
+
+    def start(key, data=spoilt):
+        return HMM.init(key, data, 2, jaxem.Gaussian, method=method, stay=0.8)
+
+    batch = jax.jit(jax.vmap(start))(keys)
+    for i, key in enumerate(keys):
+        close(lane(batch, i), start(key))
+    assert finite(batch)
+    steps = SEQUENCES[counts]
+    gaps = np.abs(steps[None] - np.asarray(batch.emission.mean)[:, :, None].reshape(6, 1, 2))
+    assert np.all(gaps.sum(-1).min(1) < 1e-12)  # around steps that count
+    close(lane(batch, 0).transition.matrix, 0.2 + 0.6 * np.eye(2))
+    close(lane(batch, 0).initial, [0.5, 0.5])
+    weights = jnp.ones(14).at[0].set(0)
+    light = HMM.init(KEY, spoilt, 2, jaxem.Gaussian, method=method, weights=weights)
+    assert not np.any(np.all(np.isin(light.emission.mean, SEQUENCES[0]), axis=1))
+
+
+def test_a_start_keeps_the_dtype_of_the_data():
+    for data in (X, Sequences(X, LENGTHS), Sequences(X, observed=OBSERVED)):
+        single = jax.tree.map(lambda a: a.astype("float32") if a.dtype == float else a, data)
+        model = HMM.init(KEY, single, 2, jaxem.Gaussian)
+        assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {jnp.dtype("float32")}
+    prior = model.prior(2.0, model.transition.prior(1.5, sticky=2.0))
+    after, *_ = step(model, single, prior)
+    assert {leaf.dtype for leaf in jax.tree.leaves(after)} == {jnp.dtype("float32")}
+    ahead = Transition.left_to_right(3, jnp.float32(0.5))
+    assert ahead.logits.dtype == jnp.float32
+
+
+def test_a_start_from_a_mixture():
+    mixture = jaxem.Mixture([0.3, 0.7], jaxem.SphericalGaussian(MEAN, [1.0, 1.3]))
+    model = HMM.from_mixture(mixture, stay=0.6)
+    matrix = model.transition.matrix
+    close(matrix, 0.6 * np.eye(2) + 0.4 * np.array([0.3, 0.7]))
+    close(model.initial, [0.3, 0.7])
+    # Without staying an HMM is its mixture.
+    alike = HMM.from_mixture(mixture, stay=0.0)
+    close(alike.log_prob(X), jnp.sum(mixture.log_prob(X.reshape(-1, 2)).reshape(14, 9), axis=1))
+
+    def fitted(data):
+        return jaxem.fit(
+            HMM.from_mixture(jaxem.fit(mixture, data.reshape(-1, 2), throw=False).model),
+            data,
+            throw=False,
+        )
+
+    batch = jax.jit(jax.vmap(fitted))(jnp.stack([X[:7], X[7:]]))
+    single = fitted(X[7:])
+    close(lane(batch.model, 1), single.model, 1e-6)
+
+
+@pytest.mark.parametrize("initial", ["stationary", "free"])
+def test_restarts(initial):
+    def start(key):
+        model = HMM.init(key, X, 2, jaxem.SphericalGaussian)
+        return (
+            HMM("stationary", model.transition, model.emission)
+            if initial == "stationary"
+            else model
+        )
+
+    models = jax.vmap(start)(jax.random.split(KEY, 6))
+    runs = jaxem.fit_restarts(models, X, tol=1e-8)
+    for i in (0, 5):
+        single = jaxem.fit(lane(models, i), X, tol=1e-8)
+        close(lane(runs, i).objective, single.objective, 1e-9)
+    chosen = jaxem.best(runs)
+    assert chosen.objective == jnp.max(runs.objective) and chosen.result == RESULTS.converged
+    polished = jaxem.best(jaxem.fit_restarts(models, X, tol=1e-8, short_steps=5, num_polished=2))
+    close(polished.objective, chosen.objective, 1e-7)
+
+
+# Hard EM
+
+
+@pytest.mark.parametrize("name", HMMS)
+def test_viterbi_training(name):
+    model, data, *_ = CASES[name]()
+    hard = jaxem.EM(jaxem.Hard())
+    (first, _, _), value = e_step(model, data, posterior=jaxem.Hard())
+    paths, best = model.viterbi(data)
+    close(value, jnp.sum(best))
+    np.testing.assert_array_equal(first, np.bincount(np.asarray(paths[:, 0]), minlength=len(first)))
+    if name != "hmm-logistic-transition":
+        within = np.asarray(jaxem._sequences.as_sequences(data).within)
+        pairs = [
+            (p[t - 1], p[t]) for p, w in zip(paths, within, strict=True) for t in range(1, w.sum())
+        ]
+        counts = np.zeros_like(model.transition.matrix)
+        np.add.at(counts, tuple(np.array(pairs).T), 1)
+        sums = e_step(model, data, posterior=jaxem.Hard())[0][1]
+        close(sums, counts)
+    solution = jaxem.fit(model, data, hard, tol=1e-9, throw=False)
+    history = solution.history[: solution.num_steps + 1]
+    assert np.all(np.diff(history) > -1e-9) and len(history) > 2
+    close(history[-1], jnp.sum(solution.model.viterbi(data)[1]))
+    soft = jnp.sum(solution.model.log_prob(data))
+    assert history[-1] < soft
+
+
+# Derivatives
+
+
+def moved_data(data, t):
+    rng = np.random.default_rng(1)
+
+    def shift(leaf):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        return leaf * (1 + t * rng.normal(size=leaf.shape))
+
+    return jax.tree.map(shift, data)
+
+
+def perturbed_fit(name, t, adjoint, **options):
+    """A smooth function of a fit whose data, weights and prior move with t."""
+    model, data, *_ = CASES[name]()
+    weights = 1 + t[1] * np.random.default_rng(2).normal(size=14)
+    prior = (1 + t[2]) * model.prior(2.0, model.transition.prior(1.5))
+    solution = jaxem.fit(
+        model,
+        moved_data(data, t[0]),
+        weights=weights,
+        prior=prior,
+        adjoint=adjoint,
+        throw=False,
+        **options,
+    )
+    spread = sum(
+        jnp.sum(jnp.cos(leaf)) for leaf in jax.tree.leaves(natural_parameters(solution.model))
+    )
+    return jnp.sum(jnp.sin(solution.model.log_prob(data))) + spread + 0.1 * solution.objective
+
+
+def central(function, size=3, h=1e-5):
+    return np.array([(function(h * e) - function(-h * e)) / (2 * h) for e in np.eye(size)])
+
+
+@pytest.mark.parametrize("name", ["hmm-gaussian", "hmm-stationary", "hmm-logistic-transition"])
+def test_implicit_gradients(name):
+    options = dict(tol=1e-13, max_steps=20_000)
+    value = jax.jit(lambda t: perturbed_fit(name, t, jaxem.Implicit(), **options))
+    gradient = jax.jit(jax.grad(value))(jnp.zeros(3))
+    difference = central(value)
+    np.testing.assert_allclose(gradient, difference, rtol=0, atol=1e-6 * np.max(np.abs(difference)))
+
+
+def test_gradients_through_the_steps():
+    def value(t, adjoint):
+        return perturbed_fit("hmm-left-to-right", t, adjoint, tol=0.0, max_steps=3)
+
+    difference = central(jax.jit(lambda t: value(t, jaxem.Unrolled())))
+    backwards = jax.jit(jax.grad(lambda t: value(t, jaxem.Unrolled())))(jnp.zeros(3))
+    forwards = jax.jit(jax.jacfwd(lambda t: value(t, jaxem.Forward())))(jnp.zeros(3))
+    for found in (backwards, forwards):
+        np.testing.assert_allclose(
+            found, difference, rtol=0, atol=1e-6 * np.max(np.abs(difference))
+        )
+
+
+@pytest.mark.parametrize("name", HMMS)
+def test_gradient_of_the_log_likelihood(name):
+    model, data, *_ = CASES[name]()
+    flat, unravel = ravel_pytree(model)
+    way = jnp.asarray(np.random.default_rng(0).normal(size=flat.shape))
+    value = jax.jit(lambda numbers: jnp.sum(unravel(numbers).log_prob(data) * jnp.arange(14)))
+    slope = jax.jit(jax.grad(value))(flat) @ way
+    h = 1e-3
+    near, far = (value(flat + s * way) - value(flat - s * way) for s in (h, 2 * h))
+    np.testing.assert_allclose(slope, (8 * near - far) / (12 * h), rtol=1e-6)
+
+
+def stationary_poissons(numbers):
+    """The fit of "hmm-stationary" as a function of P(1|0), P(0|1) and the two rates."""
+    leave, back, low, high = numbers
+    matrix = jnp.stack([jnp.stack([1 - leave, leave]), jnp.stack([back, 1 - back])])
+    return HMM("stationary", Transition(matrix), jaxem.Poisson(jnp.stack([low, high])[:, None]))
+
+
+def test_standard_errors_are_those_of_the_hessian_by_differences():
+    model, data, *_ = CASES["hmm-stationary"]()
+    solution = jaxem.fit(model, data, tol=1e-13)
+    matrix, rate = solution.model.transition.matrix, solution.model.emission.rate
+    at = np.array([matrix[0, 1], matrix[1, 0], rate[0, 0], rate[1, 0]])
+    value = jax.jit(lambda numbers: jnp.sum(stationary_poissons(numbers).log_prob(data)))
+    h = 1e-3 * np.diag(at)
+    hessian = [
+        [
+            (value(at + a + b) - value(at + a - b) - value(at - a + b) + value(at - a - b))
+            / (4 * a.sum() * b.sum())
+            for b in h
+        ]
+        for a in h
+    ]
+    expected = np.sqrt(np.diag(np.linalg.inv(-np.array(hessian))))
+    errors = jaxem.standard_errors(solution, data)
+    found = errors["transition"]["matrix"][[0, 1], [1, 0]], errors["emission"]["rate"][:, 0]
+    np.testing.assert_allclose(np.concatenate(found), expected, rtol=1e-4)
+    # That of the start, by the delta method: δ₀ = P(0|1) / (P(1|0) + P(0|1)).
+    way = np.array([-at[1], at[0]]) / (at[0] + at[1]) ** 2
+    covariance = np.linalg.inv(-np.array(hessian))[:2, :2]
+    np.testing.assert_allclose(errors["initial"], np.sqrt(way @ covariance @ way), rtol=1e-4)
+
+
+def test_influence_predicts_refits_and_makes_the_sandwich():
+    model, data, *_ = CASES["hmm-stationary"]()
+    solution = jaxem.fit(model, data, tol=1e-13)
+    numbers = lambda m: ravel_pytree(natural_parameters(m))[0]  # noqa: E731
+    influence = jaxem.influence(numbers, solution, data)
+    options = dict(tol=1e-13, throw=False)
+    h = jnp.zeros(14).at[3].set(1e-4)
+    above, below = (
+        numbers(jaxem.fit(solution.model, data, weights=1 + s * h, **options).model)
+        for s in (1, -1)
+    )
+    size = float(jnp.max(jnp.abs(influence)))
+    np.testing.assert_allclose(influence[:, 3], (above - below) / 2e-4, rtol=0, atol=1e-6 * size)
+    robust = jaxem.sandwich(solution, data)
+    np.testing.assert_allclose(robust.matrix, influence @ influence.T, rtol=1e-5, atol=1e-9)
+
+
+def test_a_sequence_that_cannot_be_spoils_no_other():
+    """Of weight 0, with a NaN in its first step, beside sequences with steps not observed."""
+    model, data, *_ = CASES["hmm-gaussian"]()
+    spoilt = eqx.tree_at(lambda d: d.values, data, data.values.at[0, 0].set(jnp.nan))
+    spoilt = eqx.tree_at(lambda d: d.observed, spoilt, data.observed.at[0, 0].set(True))
+    np.testing.assert_array_equal(model.first_impossible(spoilt), [0] + [-1] * 13)
+    np.testing.assert_array_equal(model.in_support(spoilt), [False] + [True] * 13)
+
+
+def test_the_rate_of_convergence_is_that_of_the_steps():
+    model, data, *_ = CASES["hmm-stationary"]()
+    solution = jaxem.fit(model, data, tol=1e-13)
+    rate = jaxem.convergence_rate(solution, data)
+    assert not bool(rate.saddle)
+    gaps = []
+    for _ in range(25):
+        model, *_ = step(model, data)
+        gaps.append(float(model.emission.rate[0, 0] - solution.model.emission.rate[0, 0]))
+    np.testing.assert_allclose(gaps[-1] / gaps[-2], rate.eigenvalues[0], rtol=1e-3)
+
+
+# One sequence: its initial distribution runs to a unit vector
+
+
+def one_sequence():
+    rng = np.random.default_rng(3)
+    z = np.cumsum(rng.random(120) < 0.15) % 2
+    return jnp.asarray(rng.normal(size=(1, 120, 1)) + 3.0 * z[None, :, None])
+
+
+@functools.cache
+def single():
+    x = one_sequence()
+    model = HMM([0.5, 0.5], STAY, jaxem.SphericalGaussian([[0.0], [2.0]], [1.0, 1.0]))
+    return x, model, jaxem.fit(model, x, tol=1e-12, max_steps=5000)
+
+
+def test_one_sequence_converges_to_a_unit_vector():
+    x, _, solution = single()
+    assert solution.result == RESULTS.converged
+    np.testing.assert_allclose(jnp.sort(solution.model.initial), [0.0, 1.0], atol=1e-12)
+    assert finite((solution.model, solution.history[: solution.num_steps + 1]))
+    covariance = jaxem.observed_information(solution, x).covariance()
+    assert bool(covariance.proper) and finite(covariance.matrix)
+    assert np.all(covariance.held["initial"]) and np.all(
+        covariance.standard_errors["initial"] < 1e-6
+    )
+    rest = {name: value for name, value in covariance.held.items() if name != "initial"}
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(rest))
+    # The others are those of a start that is known.
+    known = jaxem.freeze(
+        HMM(
+            jnp.round(solution.model.initial),
+            solution.model.transition,
+            solution.model.emission,
+        ),
+        "initial",
+    )
+    errors = jaxem.standard_errors(jaxem.fit(known, x, tol=1e-12), x)
+    for name in ("transition", "emission"):
+        close(covariance.standard_errors[name], errors[name], 1e-6)
+
+
+def test_one_sequence_has_finite_derivatives():
+    x, model, _ = single()
+
+    @jax.jit
+    def value(t):
+        fitted = jaxem.fit(model, x * (1 + t), tol=1e-12, max_steps=5000, throw=False)
+        return jnp.sum(jnp.sin(fitted.model.emission.mean)) + fitted.model.transition.matrix[0, 0]
+
+    slope = jax.jit(jax.grad(value))(jnp.zeros(x.shape))
+    assert finite(slope)
+    way = jnp.asarray(np.random.default_rng(0).normal(size=x.shape))
+    h = 1e-5
+    difference = (value(h * way) - value(-h * way)) / (2 * h)
+    np.testing.assert_allclose(jnp.vdot(slope, way), difference, rtol=1e-6)
+    rate = jaxem.convergence_rate(single()[2], x)
+    assert finite(rate.eigenvalues) and 0 < rate.eigenvalues[0] < 1
+
+
+# float32
+
+
+@pytest.mark.parametrize("family", [jaxem.Gaussian, jaxem.SphericalGaussian])
+def test_an_offset_costs_no_digits(family):
+    """Law 6 at offset 1000: statistics are about the means."""
+    x = X + 1000
+    start = HMM.init(KEY, x, 2, family)
+    cast = lambda tree: jax.tree.map(lambda a: a.astype(jnp.float32), tree)  # noqa: E731
+    single = jaxem.fit(cast(start), cast(x))
+    double = jaxem.fit(start, cast(x).astype(float))
+    assert single.objective.dtype == jnp.float32
+    assert single.result == RESULTS.converged and double.result == RESULTS.converged
+    assert abs(float(single.objective) - float(double.objective)) / X.size < 1e-4
+    for name, ours in natural_parameters(single.model)["emission"].items():
+        exact = natural_parameters(double.model)["emission"][name]
+        np.testing.assert_allclose(
+            ours, exact, atol=2e-3 * float(jnp.max(jnp.abs(exact))) if name != "mean" else 2e-3
+        )
+    np.testing.assert_allclose(
+        single.model.transition.matrix, double.model.transition.matrix, atol=2e-3
+    )
+
+
+# Devices and blocks
+
+
+@pytest.mark.parametrize("name", ["hmm-logistic-transition"])
+def test_sequences_spread_over_devices(name):
+    model, data, *_ = CASES[name]()
+    mesh = jax.make_mesh((2,), ("units",), axis_types=(AxisType.Auto,))
+    spread = lambda tree: jax.device_put(tree, NamedSharding(mesh, PartitionSpec("units")))  # noqa: E731
+    weights = jnp.linspace(0, 2, 14)
+    options = dict(tol=1e-8, max_steps=30)
+    sharded = jaxem.fit(model, spread(data), weights=spread(weights), **options)
+    plain = jaxem.fit(model, data, weights=weights, **options)
+    assert int(sharded.num_steps) == int(plain.num_steps)
+    close(sharded, plain, 1e-9)
+
+
+@pytest.mark.parametrize("name", ["hmm-left-to-right", "hmm-logistic-transition"])
+def test_blocks_of_sequences_give_what_one_block_gives(name, monkeypatch):
+    model, data, *_ = CASES[name]()
+    data = lane(data, slice(0, 13))  # so that the last block overlaps
+    weights = jnp.linspace(0, 2, 13)
+
+    def everything(model, weights):
+        def value(model, weights):
+            statistics, value = model.e_step(data, weights)
+            return value, statistics.sums
+
+        return jax.grad(value, argnums=(0, 1), has_aux=True)(model, weights), model.log_prob(data)
+
+    whole = jax.jit(lambda *args: everything(*args))(model, weights)
+    jax.clear_caches()
+    monkeypatch.setattr(jaxem._units, "_BUDGET", {jax.default_backend(): 4 * model.width(data)})
+    assert jaxem._units._blocking(13, model.width(data)) == (4, 4)
+    close(jax.jit(lambda *args: everything(*args))(model, weights), whole, 1e-9)
+    jax.clear_caches()
+
+
+# Draws and predictions
+
+
+def test_draws_have_their_frequencies():
+    model = HMM([0.2, 0.8], STAY, jaxem.Poisson([[1.0], [8.0]]))
+    x, z = model.sample(KEY, 4000, 3)
+    assert x.shape == (4000, 3, 1) and z.shape == (4000, 3)
+    for t in range(3):
+        expected = np.array([0.2, 0.8]) @ np.linalg.matrix_power(STAY, t)
+        assert abs(np.mean(z[:, t]) - expected[1]) < 0.03
+    from_zero = np.asarray(z[:, 1])[np.asarray(z[:, 0]) == 0]
+    assert abs(np.mean(from_zero) - STAY[0, 1]) < 0.05
+    assert abs(np.mean(x[..., 0][z == 1]) - 8) < 0.15
+    one, state = model.sample(KEY, 5, 1)
+    assert one.shape == (5, 1, 1) and state.shape == (5, 1)
+
+
+def test_drawn_paths_follow_the_posterior():
+    model, data, *_ = CASES["hmm-gaussian"]()
+    draw = jax.jit(jax.vmap(lambda key: model.sample_paths(key, data)))
+    paths = np.asarray(draw(jax.random.split(KEY, 2000)))
+    within = np.asarray(data.within)
+    smoothed = np.asarray(model.responsibilities(data))[..., 1]
+    assert np.max(np.abs(np.mean(paths, axis=0) - smoothed)[within]) < 0.06
+    ahead = np.asarray(model.forecast(data, 2))[..., 1]  # and beyond the end, the forecast
+    for i in np.flatnonzero(LENGTHS < 8):
+        n = LENGTHS[i]
+        assert np.max(np.abs(np.mean(paths[:, i, n : n + 2], axis=0) - ahead[i])) < 0.06
+
+
+def test_predictive_densities():
+    """log p(xₜ | past) is that of the mixture whose weights are the forecast of the states."""
+    model = gaussians()
+    increments = model.one_step_log_prob(X)
+    for t in (3, 8):
+        state = model.forecast(X[:, :t], 1)[:, 0]
+        predicted = jax.vmap(lambda p, x: jaxem.Mixture(p, model.emission).log_prob(x[None])[0])(
+            state, X[:, t]
+        )
+        close(increments[:, t], predicted)
+    close(increments[:, 0], jaxem.Mixture(model.initial, model.emission).log_prob(X[:, 0]))
+
+
+def test_predict_is_the_likeliest_state_of_each_step():
+    model, data, *_ = CASES["hmm-gaussian"]()
+    smoothed = np.asarray(model.responsibilities(data))
+    np.testing.assert_array_equal(model.predict(data), smoothed.argmax(axis=2))
+    close(smoothed.sum(axis=2), np.asarray(data.within, float))
+
+
+def test_criteria_count_steps():
+    """BIC's n is the number of steps that were observed, not of sequences."""
+    model, data, *_ = CASES["hmm-gaussian"]()
+    p, steps = model.num_free_parameters, np.sum(np.asarray(data.present), axis=1)
+    assert p == 1 + 2 + 2 * 2 + 2 * 3
+    ll = np.asarray(model.log_prob(data))
+    close(jaxem.aic(model, data), -2 * ll.sum() + 2 * p)
+    close(jaxem.bic(model, data), -2 * ll.sum() + p * np.log(steps.sum()))
+    w = np.linspace(0, 2, 14)
+    close(jaxem.bic(model, data, weights=w), -2 * w @ ll + p * np.log(w @ steps))
+    close(
+        jaxem.bic(gaussians(), X[:1]),
+        -2 * gaussians().log_prob(X[:1])[0] + (1 + 2 + 4 + 2) * np.log(9),
+    )
+    with pytest.raises(ValueError, match="icl is for mixtures"):
+        jaxem.icl(model, data)
+
+
+# Transformations
+
+
+def test_fits_in_lanes_and_compiled_are_the_fit():
+    model, data, *_ = CASES["hmm-stationary"]()
+    other = data[::-1] + 1
+    options = dict(max_steps=40, throw=False)
+    batch = jax.jit(jax.vmap(lambda x: jaxem.fit(model, x, **options)))(jnp.stack([data, other]))
+    for i, x in enumerate((data, other)):
+        close(lane(batch, i), jaxem.fit(model, x, **options), 1e-9)
+
+
+def test_a_second_call_compiles_nothing():
+    def everything(i):
+        model = gaussians((0.5 + 0.1 * i, 0.5 - 0.1 * i))
+        x = X + i
+        prior = model.prior(1.0 + i, model.transition.prior(1.0 + i, float(i)))
+        return (
+            jaxem.fit(model, x, prior=prior, max_steps=5),
+            model.log_prob(x),
+            model.viterbi(x),
+            model.best_paths(x, 3),
+            model.sample_paths(jax.random.key(i), x),
+            model.forecast(x, 2),
+            model.first_impossible(x),
+            HMM.init(jax.random.key(i), x, 2, jaxem.SphericalGaussian),
+            HMM.from_mixture(jaxem.Mixture([0.5, 0.5], model.emission)),
+        )
+
+    everything(0)
+    assert compilations(lambda: everything(1)) == 0
+
+
+def test_mixtures_are_chains_without_memory_and_one_state_is_no_chain():
+    """K = 1: the likelihood of independent steps, and a fit in closed form."""
+    model = HMM([1.0], [[1.0]], jaxem.Gaussian([[0.0, 0.0]], np.eye(2)[None]))
+    solution = jaxem.fit(model, X)
+    rows = SEQUENCES.reshape(-1, 2)
+    close(solution.model.emission.mean[0], rows.mean(0))
+    close(solution.model.emission.covariance[0], np.cov(rows.T, bias=True))
+    assert model.num_free_parameters == 5
