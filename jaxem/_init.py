@@ -44,7 +44,7 @@ def floating(data: PyTree[Array]) -> Any:
     """The dtype of the floating data, or JAX's default where there are none."""
     dtypes = [leaf.dtype for leaf in jax.tree.leaves(data)]
     dtypes = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
-    return jnp.result_type(*dtypes) if dtypes else jnp.dtype(float)
+    return jnp.result_type(*dtypes) if dtypes else jnp.result_type(float)
 
 
 def seed(

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from gold import SHARED
 from PIL import Image
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
@@ -159,6 +160,34 @@ def test_variants(tmp_path):
     steps = {name.strip(): int(count) for name, _, count, _, _, _ in rows}
     assert 3 * steps["SQUAREM"] < steps["EM"]
     assert (tmp_path / "variants.png").stat().st_size > 20_000
+
+
+@pytest.mark.parametrize("series", ["seizures", "earthquakes"])
+def test_earthquakes(series, tmp_path):
+    file = SHARED / "data" / "earthquakes.csv"
+    if series == "earthquakes" and not file.exists():
+        pytest.skip("earthquakes.csv may not be redistributed, and ../shared/gold/data lacks it")
+    files = [file] if series == "earthquakes" else []
+    text = run("earthquakes.py", "out.png", *files, cwd=tmp_path)
+    lines = table(text, "  k   log-likelihood")
+    assert [row[0] for row in lines] == [1, 2, 3, 4, 5]
+    n = 107 if series == "earthquakes" else 140
+    climbed = [row[1] for row in lines]
+    assert climbed == sorted(climbed)
+    for k, log_likelihood, parameters, aic, bic, there, *rates in lines:
+        assert parameters == k * k and len(rates) == k and rates == sorted(rates) and there >= 1
+        assert aic == pytest.approx(-2 * log_likelihood + 2 * parameters, abs=0.1)
+        assert bic == pytest.approx(-2 * log_likelihood + parameters * np.log(n), abs=0.1)
+    if series == "earthquakes":  # Zucchini & MacDonald, their table of AIC and BIC
+        assert [row[3] for row in lines[:4]] == [785.8, 692.6, 676.9, 687.7]
+        assert [row[4] for row in lines[:4]] == [788.5, 703.3, 701.0, 730.4]
+        assert "BIC chooses 3 states" in text and "converged" in text
+    else:  # the treatment of the 28th day ends the state of most seizures
+        assert lines[1][5] == pytest.approx(20) and lines[2][1] > lines[1][1] + 100
+        (*_, first, last, _) = table(text, "state    rate")[-1]
+        assert first == 1 and last <= 35
+    with Image.open(tmp_path / "out.png") as image:
+        assert np.asarray(image.convert("L"), float).std() > 20
 
 
 def test_custom_emission(tmp_path):
