@@ -105,23 +105,20 @@ def said_of(model, data):
     return of_steps, of_sequences
 
 
-@pytest.mark.parametrize("name", RAGGED)
-def test_ragged_sequences_are_each_of_them(name):
-    model, data, *_ = CASES[name]()
-    sums, value = e_step(model, data)
-    parts = [e_step(model, alone(data, i)) for i in range(7)]
-    whole = e_step(model, lane(data, slice(0, 7)))
-    close(jax.tree.map(lambda *leaves: sum(leaves), *parts), whole)
+def test_ragged_sequences_are_each_of_them():
+    model, data, *_ = CASES["hmm-left-to-right"]()
     of_steps, of_sequences = said_of(model, data)
-    for i in (0, 3, 6):
-        own_steps, own = said_of(model, alone(data, i))
+    for i in (3, 6):
+        one = alone(data, i)
+        close(e_step(model, data, jnp.zeros(14).at[i].set(1)), e_step(model, one, jnp.ones(1)))
+        own_steps, own = said_of(model, one)
         n = int(data.lengths[i])
         close(jax.tree.map(lambda leaf, i=i, n=n: leaf[i, :n], of_steps), lane(own_steps, 0))
         close(lane(of_sequences, i), lane(own, 0))
     beyond = np.arange(9) >= LENGTHS[:, None]
     for what in ("filtered", "smoothed", "increments"):
         assert np.all(np.asarray(of_steps[what])[beyond] == 0)
-    # One of the steps that were not observed: nothing is learnt there.
+    # Nothing is learnt of a step that was not observed.
     np.testing.assert_allclose(of_steps["increments"][~OBSERVED], 0, atol=1e-14)
     close(jnp.sum(of_steps["increments"], axis=1), of_sequences["log_prob"])
 
@@ -176,12 +173,6 @@ def test_weights_count_sequences(name):
     weights = jnp.ones(14).at[0].set(2).at[1].set(0)
     listed = lane(data, jnp.array([0, 0, *range(2, 14)]))
     close(e_step(model, spoilt, weights), e_step(model, listed))
-    options = dict(tol=0.0, max_steps=4)
-    weighted, twice = (
-        jaxem.fit(model, spoilt, weights=weights, **options),
-        jaxem.fit(model, listed, **options),
-    )
-    close((weighted.model, weighted.history), (twice.model, twice.history))
     of_model, of_values, of_weights = slopes(model, spoilt, weights)
     assert finite((of_model, of_weights))
     assert np.all(of_values[1] == 0)
@@ -411,16 +402,16 @@ def test_map_em_climbs_to_a_posterior_mode(name):
     prior = model.prior(initial=2.0, transition=rows)
     solution = jaxem.fit(model, data, prior=prior, tol=1e-12, max_steps=3000)
     assert solution.result == RESULTS.converged
-    assert np.all(np.diff(solution.history[: solution.num_steps + 1]) > -1e-9)
+    history = solution.history[: solution.num_steps + 1]
+    assert np.all(np.diff(history) > -1e-9) and history[-1] > history[0] + 1
 
     @jax.jit
     def objective(m):
-        return m.e_step(data)[1] + m.expected_log_prob(prior)
+        return jax.value_and_grad(lambda m: m.e_step(data)[1] + m.expected_log_prob(prior))(m)
 
-    close(objective(solution.model), solution.objective, 1e-12)
-    gradient = jax.jit(jax.grad(objective))(solution.model)
+    value, gradient = objective(solution.model)
+    close(value, solution.objective, 1e-12)
     assert max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(gradient)) < 1e-5
-    assert objective(solution.model) > objective(jaxem.fit(model, data).model) + 1e-4
 
 
 # A stationary start
@@ -577,31 +568,23 @@ def test_a_start_from_a_mixture():
     close(lane(batch.model, 1), single.model, 1e-6)
 
 
-@pytest.mark.parametrize("initial", ["stationary", "free"])
-def test_restarts(initial):
+def test_restarts():
     def start(key):
         model = HMM.init(key, X, 2, jaxem.SphericalGaussian)
-        return (
-            HMM("stationary", model.transition, model.emission)
-            if initial == "stationary"
-            else model
-        )
+        return HMM("stationary", model.transition, model.emission)
 
-    models = jax.vmap(start)(jax.random.split(KEY, 6))
+    models = jax.vmap(start)(jax.random.split(KEY, 5))
     runs = jaxem.fit_restarts(models, X, tol=1e-8)
-    for i in (0, 5):
-        single = jaxem.fit(lane(models, i), X, tol=1e-8)
-        close(lane(runs, i).objective, single.objective, 1e-9)
+    single = jaxem.fit(lane(models, 3), X, tol=1e-8)
+    close(lane(runs, 3).objective, single.objective, 1e-9)
     chosen = jaxem.best(runs)
     assert chosen.objective == jnp.max(runs.objective) and chosen.result == RESULTS.converged
-    polished = jaxem.best(jaxem.fit_restarts(models, X, tol=1e-8, short_steps=5, num_polished=2))
-    close(polished.objective, chosen.objective, 1e-7)
 
 
 # Hard EM
 
 
-@pytest.mark.parametrize("name", HMMS)
+@pytest.mark.parametrize("name", ["hmm-gaussian", "hmm-stationary", "hmm-logistic-transition"])
 def test_viterbi_training(name):
     model, data, *_ = CASES[name]()
     hard = jaxem.EM(jaxem.Hard())
@@ -664,26 +647,28 @@ def central(function, size=3, h=1e-5):
     return np.array([(function(h * e) - function(-h * e)) / (2 * h) for e in np.eye(size)])
 
 
+def agree(slope, difference):
+    np.testing.assert_allclose(slope, difference, rtol=0, atol=1e-6 * np.max(np.abs(difference)))
+
+
 @pytest.mark.parametrize("name", ["hmm-gaussian", "hmm-stationary", "hmm-logistic-transition"])
 def test_implicit_gradients(name):
-    options = dict(tol=1e-13, max_steps=20_000)
-    value = jax.jit(lambda t: perturbed_fit(name, t, jaxem.Implicit(), **options))
-    gradient = jax.jit(jax.grad(value))(jnp.zeros(3))
-    difference = central(value)
-    np.testing.assert_allclose(gradient, difference, rtol=0, atol=1e-6 * np.max(np.abs(difference)))
+    def value(t):
+        return perturbed_fit(name, t, jaxem.Implicit(), tol=1e-13, max_steps=20_000)
+
+    both = jax.jit(jax.value_and_grad(value))
+    agree(both(jnp.zeros(3))[1], central(lambda t: both(t)[0]))
 
 
 def test_gradients_through_the_steps():
     def value(t, adjoint):
         return perturbed_fit("hmm-left-to-right", t, adjoint, tol=0.0, max_steps=3)
 
-    difference = central(jax.jit(lambda t: value(t, jaxem.Unrolled())))
-    backwards = jax.jit(jax.grad(lambda t: value(t, jaxem.Unrolled())))(jnp.zeros(3))
-    forwards = jax.jit(jax.jacfwd(lambda t: value(t, jaxem.Forward())))(jnp.zeros(3))
-    for found in (backwards, forwards):
-        np.testing.assert_allclose(
-            found, difference, rtol=0, atol=1e-6 * np.max(np.abs(difference))
-        )
+    both = jax.jit(jax.value_and_grad(lambda t: value(t, jaxem.Unrolled())))
+    difference = central(lambda t: both(t)[0])
+    agree(both(jnp.zeros(3))[1], difference)
+    forwards = jax.jit(jax.jacfwd(lambda t: value(t, jaxem.Forward())))
+    agree(forwards(jnp.zeros(3)), difference)
 
 
 @pytest.mark.parametrize("name", HMMS)
@@ -732,7 +717,7 @@ def test_standard_errors_are_those_of_the_hessian_by_differences():
 
 def test_influence_predicts_refits_and_makes_the_sandwich():
     model, data, *_ = CASES["hmm-stationary"]()
-    solution = jaxem.fit(model, data, tol=1e-13)
+    solution = jaxem.fit(model, data, weights=jnp.ones(14), tol=1e-13, throw=False)
     numbers = lambda m: ravel_pytree(natural_parameters(m))[0]  # noqa: E731
     influence = jaxem.influence(numbers, solution, data)
     options = dict(tol=1e-13, throw=False)
@@ -805,7 +790,7 @@ def test_one_sequence_converges_to_a_unit_vector():
         ),
         "initial",
     )
-    errors = jaxem.standard_errors(jaxem.fit(known, x, tol=1e-12), x)
+    errors = jaxem.standard_errors(known, x)
     for name in ("transition", "emission"):
         close(covariance.standard_errors[name], errors[name], 1e-6)
 
@@ -813,19 +798,17 @@ def test_one_sequence_converges_to_a_unit_vector():
 def test_one_sequence_has_finite_derivatives():
     x, model, _ = single()
 
-    @jax.jit
     def value(t):
         fitted = jaxem.fit(model, x * (1 + t), tol=1e-12, max_steps=5000, throw=False)
         return jnp.sum(jnp.sin(fitted.model.emission.mean)) + fitted.model.transition.matrix[0, 0]
 
-    slope = jax.jit(jax.grad(value))(jnp.zeros(x.shape))
+    both = jax.jit(jax.value_and_grad(value))
+    slope = both(jnp.zeros(x.shape))[1]
     assert finite(slope)
     way = jnp.asarray(np.random.default_rng(0).normal(size=x.shape))
     h = 1e-5
-    difference = (value(h * way) - value(-h * way)) / (2 * h)
+    difference = (both(h * way)[0] - both(-h * way)[0]) / (2 * h)
     np.testing.assert_allclose(jnp.vdot(slope, way), difference, rtol=1e-6)
-    rate = jaxem.convergence_rate(single()[2], x)
-    assert finite(rate.eigenvalues) and 0 < rate.eigenvalues[0] < 1
 
 
 # float32

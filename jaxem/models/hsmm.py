@@ -341,7 +341,7 @@ class HSMM(AbstractModel):
         k, present = duration.num_states, sequences.present
         counted = present if weights is None else present * jnp.asarray(weights)[:, None]
         plain = weights is None and sequences.lengths is None and sequences.observed is None
-        mass = None if plain else counted.reshape(-1).astype(float)
+        mass = None if plain else counted.reshape(-1).astype(_init.floating(sequences.values))
         emission = _init.seed(key, sequences.steps(), k, family, mass, method)
         uniform = jnp.full(k, 1 / k, float_dtype(emission))
         others = 1 - jnp.eye(k, dtype=uniform.dtype)
