@@ -430,6 +430,28 @@ def test_the_stationary_m_step_maximises():
     assert model.num_free_parameters == 2 + 2
 
 
+@pytest.mark.parametrize(
+    ("arrows", "unique"),
+    [
+        ([(0, 1), (1, 2), (2, 3), (3, 0)], True),  # a cycle
+        ([(0, 1), (1, 2), (2, 3), (3, 3)], True),  # towards one state
+        ([(0, 1), (1, 2), (2, 1), (3, 0)], True),  # towards two that alternate
+        ([(0, 1), (1, 0), (2, 3), (3, 2)], False),
+        ([(0, 0), (1, 0), (1, 2), (2, 3), (3, 3)], False),  # one of two ends
+    ],
+)
+def test_which_chains_have_one_stationary_distribution(arrows, unique):
+    matrix = np.zeros((4, 4))
+    matrix[tuple(np.array(arrows).T)] = 1
+    matrix = shares(matrix)
+    transition = Transition(matrix)
+    assert transition.has_one_class() == unique
+    if unique:
+        delta = jaxem.chain.stationary(transition.matrix)
+        close(delta @ matrix, delta)
+        close(jnp.sum(delta), 1.0)
+
+
 def test_a_stationary_fit_is_a_maximum_of_the_likelihood():
     model, data, *_ = CASES["hmm-stationary"]()
     solution = jaxem.fit(model, data, tol=1e-13)
