@@ -89,12 +89,31 @@ def chain_problem(rng: np.random.Generator) -> tuple[Any, Any]:
     return jaxem.HMM([0.5, 0.5], [[0.7, 0.3], [0.3, 0.7]], start), rng.poisson(rate[z])
 
 
+def student_problem(rng: np.random.Generator) -> tuple[Any, Any]:
+    centres = 3 * rng.normal(size=(2, 1))
+    x = centres[rng.integers(0, 2, 100)] + rng.standard_t(rng.uniform(1.5, 8), (100, 1))
+    start = x[rng.choice(100, 2, replace=False)]
+    return jaxem.Mixture([0.5, 0.5], jaxem.StudentT(start, np.ones((2, 1, 1)), 5.0)), x
+
+
+def regression_problem(rng: np.random.Generator) -> tuple[Any, Any]:
+    """Counts on a line each for two groups, whose shares depend on the input: a local M-step."""
+    u, slopes, level = rng.normal(size=(100, 1)), rng.normal(size=(2, 1)), rng.normal(size=(2, 1))
+    z = (rng.random(100) < 1 / (1 + np.exp(-2 * u[:, 0]))).astype(int)
+    y = rng.poisson(np.exp(np.clip(slopes[z] * u + level[z] + 1, -5, 5)))
+    experts = jaxem.PoissonRegression(0.3 * rng.normal(size=(2, 1, 1)), rng.normal(size=(2, 1)) + 1)
+    gate = jaxem.LogisticGate(np.zeros((2, 1)), np.zeros(2))
+    return jaxem.MixtureOfExperts(gate, experts), (u, (u, y))
+
+
 PROBLEMS = {
     "Poisson mixture, k=3": poisson_problem,
     "Gaussian mixture, k=2 d=2": gaussian_problem,
     "tied diagonal mixture, k=3 d=2": diagonal_problem,
     "latent classes, k=2 d=5": latent_class_problem,
     "Poisson HMM, k=2": chain_problem,
+    "Student-t mixture, k=2 d=1": student_problem,
+    "experts, Poisson regressions, k=2": regression_problem,
 }
 
 
@@ -160,6 +179,8 @@ def slow_problems() -> dict[str, tuple[Any, Any, Any]]:
         [[0.6, 0.4], [0.4, 0.6]],
         jaxem.Categorical([[[0.5, 0.3, 0.2]], [[0.2, 0.3, 0.5]]]),
     )
+    tails = rng.standard_t(1.2, size=(500, 2))
+    tail = jaxem.Mixture([1.0], jaxem.StudentT([[0.5, 0.5]], [4 * np.eye(2)], 3.0))
     lives = rng.exponential(np.where(rng.random((1_000, 1)) < 0.5, 1.0, 2.5))
     decay = jaxem.Mixture([0.5, 0.5], jaxem.Exponential([[2.0], [0.3]]))
     return {
@@ -169,6 +190,7 @@ def slow_problems() -> dict[str, tuple[Any, Any, Any]]:
         "overlapping tied Gaussians, k=4 d=4": overlapping(2_000, 4, 4, 1.0, "tied"),
         "overlapping diagonal Gaussians, k=5 d=4": overlapping(2_000, 4, 5, 1.0, "diag"),
         "overlapping spheres, k=5 d=2": overlapping(2_000, 2, 5, 1.5, "spherical"),
+        "Student t, ν = 1.2, d=2": (tail, jnp.asarray(tails), None),
         "latent classes, k=2 d=6": (classes, jnp.asarray(bits), None),
         "two exponentials": (decay, jnp.asarray(lives), None),
         "Poisson HMM of near-equal states": (start, chain, None),

@@ -35,6 +35,7 @@ from jaxem._information import sandwich as sandwich
 from jaxem._information import standard_errors as standard_errors
 from jaxem._kmeans import KMeans as KMeans
 from jaxem._kmeans import kmeans as kmeans
+from jaxem._log_joint import from_log_joint as from_log_joint
 from jaxem._maximization import Conditional as Conditional
 from jaxem._maximization import Gradient as Gradient
 from jaxem._model import AbstractModel as AbstractModel
@@ -69,7 +70,9 @@ from jaxem.emissions import DiagonalGaussian as DiagonalGaussian
 from jaxem.emissions import Exponential as Exponential
 from jaxem.emissions import Gamma as Gamma
 from jaxem.emissions import Gaussian as Gaussian
+from jaxem.emissions import GradientEmission as GradientEmission
 from jaxem.emissions import Independent as Independent
+from jaxem.emissions import Labels as Labels
 from jaxem.emissions import LinearRegression as LinearRegression
 from jaxem.emissions import LogisticRegression as LogisticRegression
 from jaxem.emissions import MixtureEmission as MixtureEmission
@@ -86,8 +89,10 @@ from jaxem.models import HSMM as HSMM
 from jaxem.models import AbstractDuration as AbstractDuration
 from jaxem.models import AbstractTransition as AbstractTransition
 from jaxem.models import CategoricalDuration as CategoricalDuration
+from jaxem.models import LogisticGate as LogisticGate
 from jaxem.models import LogisticTransition as LogisticTransition
 from jaxem.models import Mixture as Mixture
+from jaxem.models import MixtureOfExperts as MixtureOfExperts
 from jaxem.models import NegativeBinomialDuration as NegativeBinomialDuration
 from jaxem.models import PoissonDuration as PoissonDuration
 from jaxem.models import Transition as Transition

@@ -7,6 +7,7 @@ objective, which an E-step there gives anyway: it never falls, or EM's own step 
 from __future__ import annotations
 
 import abc
+import math
 from typing import Any
 
 import equinox as eqx
@@ -87,6 +88,17 @@ def _is_as_good(new: State, old: State) -> Array:
     return (new.objective >= old.objective - slack) & jnp.all(finite)
 
 
+def _within_bounds(model: Any) -> Any:
+    """The model with what its M-step estimates within bounds, such as degrees of freedom, there.
+
+    An extrapolation beyond them may be better than any estimate, but EM cannot stay there.
+    """
+    has_bounds = lambda node: hasattr(node, "bounded")  # noqa: E731
+    return jax.tree.map(
+        lambda node: node.bounded() if has_bounds(node) else node, model, is_leaf=has_bounds
+    )
+
+
 class SQUAREM(_Accelerated):
     """Squared extrapolation: θ − 2 α r + α² v, from two EM steps r and r + v.
 
@@ -122,7 +134,7 @@ class SQUAREM(_Accelerated):
         length = jnp.clip(jnp.where(bend > 0, size / jnp.where(bend > 0, bend, 1), 1), 1, longest)
         one, two = ravel_pytree(first.model)[0], ravel_pytree(second_model)[0]
         r, v = one - start, two - 2 * one + start
-        proposed = rebuild(start + 2 * length * r + length**2 * v)
+        proposed = _within_bounds(rebuild(start + 2 * length * r + length**2 * v))
 
         bold = em.step(em.expect(proposed, first, data, **given), data, **given)
         good = _is_as_good(bold, state)
@@ -161,7 +173,7 @@ class Overrelaxed(_Accelerated):
     def _step(self, state, own, data, given):
         start, rebuild = free_numbers(state.model)
         model, memory = self.em.maximize(state, data, **given)
-        longer = rebuild(start + own * (ravel_pytree(model)[0] - start))
+        longer = _within_bounds(rebuild(start + own * (ravel_pytree(model)[0] - start)))
         bold = self.em.expect(longer, _with_memory(state, memory), data, **given)
         good = _is_as_good(bold, state)
         new = lax.cond(good, lambda: bold, lambda: self.em.step(state, data, **given))
@@ -206,7 +218,7 @@ class Anderson(_Accelerated):
         own = own.remember(start, residual)
         step = residual - own.correction(residual)
         after = _with_memory(state, memory)
-        bold = em.expect(rebuild(start + step), after, data, **given)
+        bold = em.expect(_within_bounds(rebuild(start + step)), after, data, **given)
         good = _is_as_good(bold, state)
         new = lax.cond(good, lambda: bold, lambda: em.step(state, data, **given))
         return new, own.judged(good)
@@ -237,31 +249,32 @@ class _Memory(eqx.Module):
     def correction(self, residual: Array) -> Array:
         """(ΔX + ΔF) γ, with γ the damped least-squares solution of ΔF γ = f."""
         rows = self.residuals
-        gram = la.matmul(rows, rows.T)
-        values, basis = jnp.linalg.eigh(gram)
-        values = jnp.maximum(values, 0)
-        aim = la.matmul(basis.T, la.matmul(rows, residual))
-        floor = 100 * jnp.finfo(values.dtype).eps * jnp.max(values)
-        known = values > jnp.where(floor > 0, floor, 1)
+        gram, aim = la.matmul(rows, rows.T), la.apply(rows, residual)
+        eps = float(jnp.finfo(gram.dtype).eps)
+        size = jnp.trace(gram)
+        size = jnp.where(size > 0, size, 1)
+        used = jnp.diagonal(gram) > 0
+        eye = jnp.eye(len(gram), dtype=gram.dtype)
 
-        def size(ridge: Array) -> Array:
-            return jnp.sum(jnp.where(known, aim / jnp.where(known, values + ridge, 1), 0) ** 2)
+        def solution(ridge: Array) -> Array:
+            """The γ of (G + ridge) γ = ΔFᵀ f; zero for what is not yet remembered."""
+            damped = jnp.where(used, ridge + 100 * eps * size, 1) * eye + gram
+            inverse = la.inverse_of_lower(la.cholesky(damped))
+            return la.apply(inverse.T, la.apply(inverse, aim))
 
         # ‖γ‖² is a share of its undamped value, found by bisection of the ridge
         share = 1 / (1 + 1.2 ** (25.0 - self.trust))
-        target = share * size(jnp.zeros((), values.dtype))
+        target = share * jnp.sum(solution(jnp.zeros_like(size)) ** 2)
 
         def halve(_: Any, ends: tuple[Array, Array]) -> tuple[Array, Array]:
             low, high = ends
             middle = 0.5 * (low + high)
-            over = size(jnp.exp(middle)) > target
+            over = jnp.sum(solution(jnp.exp(middle)) ** 2) > target
             return jnp.where(over, middle, low), jnp.where(over, high, middle)
 
-        top = jnp.log(jnp.where(jnp.max(values) > 0, jnp.max(values), 1))
-        span = -jnp.log(jnp.finfo(values.dtype).eps)
+        top, span = jnp.log(size), -math.log(eps)
         low, high = lax.fori_loop(0, 40, halve, (top - 2 * span, top + span))
-        ridge = jnp.exp(0.5 * (low + high))
-        gamma = la.matmul(basis, jnp.where(known, aim / jnp.where(known, values + ridge, 1), 0))
+        gamma = solution(jnp.exp(0.5 * (low + high)))
         return la.matmul(gamma, self.points + self.residuals)
 
     def judged(self, good: Array) -> _Memory:

@@ -15,7 +15,7 @@ from jaxem._em import EM, State
 from jaxem._emission import float_dtype
 from jaxem._fit import fit
 from jaxem._hold import freeze, natural_names, natural_parameters
-from jaxem._model import AbstractModel, all_finite
+from jaxem._model import AbstractModel, FunctionModel, all_finite
 from jaxem._posterior import Exact
 from jaxem._solution import RESULTS
 from jaxem._statistics import Framed
@@ -139,7 +139,7 @@ def _weighs(model: Any, data: Any) -> None:
 
 
 def _additivity(model: Any, data: Any, tol: float) -> str:
-    if not hasattr(model, "natural"):
+    if isinstance(model, FunctionModel):
         raise _NotApplicable("its functions may count what they like as a unit")
     n = num_units(data)
     whole, value = _e_step(model, data)

@@ -187,7 +187,7 @@ class EM(AbstractAlgorithm):
             return self.expect(model, state, data, weights=weights, prior=prior, key=key)
 
         if self.ascends and self.exact and is_local(model):
-            return no_worse(expect, state, expect(model), total_weight(data, weights))
+            return no_worse(expect, state, expect(model), prior, total_weight(data, weights))
         return expect(model)
 
     def maximize(

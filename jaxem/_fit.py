@@ -154,7 +154,7 @@ def _check_prior(own: Framed, prior: Framed) -> None:
 
 def _kind(tree: Any) -> Any:
     """The types in a tree and the shapes of its arrays; held or not makes no difference."""
-    if tree is None or hasattr(tree, "shape"):
+    if tree is None or jax.tree_util.all_leaves([tree]):
         return getattr(tree, "shape", None)
     parts = jax.tree.leaves(tree, is_leaf=lambda node: node is not tree)
     return type(tree), tuple(_kind(part) for part in parts)

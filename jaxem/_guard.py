@@ -1,8 +1,10 @@
-"""Steps that may overshoot are halved until the objective does not fall.
+"""Steps that may overshoot are halved until they do not.
 
 Where statistics are no sums of fixed functions of the data (`has_sufficient_statistics` is False)
 they know Q only near the model they were taken about, and the M-step's maximum of it may lie too
-far. Leaves are unconstrained, so that every point between two models is a model.
+far. A step is too long if the objective falls, or if at its end it falls along the step half as
+fast as it rose at the beginning: near a maximum slopes tell; differences of values are rounding.
+Leaves are unconstrained, so that every point between two models is a model.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
+
+from jaxem._statistics import Framed
 
 _HALVINGS = 30
 
@@ -29,35 +33,51 @@ def is_local(model: Any) -> bool:
 
 
 def no_worse(
-    expect: Callable[[Any], Any], old: Any, new: Any, total: Float[Array, ""] | float
+    expect: Callable[[Any], Any],
+    old: Any,
+    new: Any,
+    prior: Framed | None,
+    total: Float[Array, ""] | float,
 ) -> Any:
-    """`new`, or the state at the first of ½, ¼, … of the step whose objective does not fall.
+    """`new`, or the state at the first of ½, ¼, … of the step that is not too long.
 
     **Arguments:** `expect(model)`, the state that follows `old` with this model; `new`, that of
     the whole step; `total`, the weight of the data, by which rounding is judged.
     """
     frozen, target = lax.stop_gradient((old.model, new.model))
-    before, after = lax.stop_gradient((old.objective, new.objective))
-    slack = 30 * jnp.finfo(before.dtype).eps * (jnp.abs(before) + total)
-    bound = lax.stop_gradient(before - slack)
+    direction = jax.tree.map(jnp.subtract, target, frozen)
+    eps = jnp.finfo(old.objective.dtype).eps
+    before, rise = _height(old, direction, prior)
+    bound = before - 30 * eps * (jnp.abs(before) + total)
+    steepest = -0.5 * jnp.maximum(rise, 0) - eps**2 * total
 
-    def falls(carry: tuple[Array, Array]) -> Array:
-        share, objective = carry
-        return ~(objective >= bound) & (share > 0.5**_HALVINGS)
+    def too_long(carry: tuple[Array, tuple[Array, Array]]) -> Array:
+        share, (objective, slope) = carry
+        return ~((objective >= bound) & (slope >= steepest)) & (share > 0.5**_HALVINGS)
 
-    def halve(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(carry: tuple[Array, Any]) -> tuple[Array, tuple[Array, Array]]:
         share = carry[0] / 2
-        there = expect(_between(frozen, target, share)).objective
-        return share, lax.stop_gradient(there)
+        return share, _height(expect(_between(frozen, target, share)), direction, prior)
 
     # no derivative passes through the search: at a fixed point the whole step is taken
-    share, _ = lax.while_loop(falls, halve, (jnp.ones_like(before), after))
+    start = jnp.ones_like(before), _height(new, direction, prior)
+    share, _ = lax.while_loop(too_long, halve, start)
     whole = share == 1
     return lax.cond(
         eqxi.unvmap_all(whole),  # all lanes of a vmap take one branch
         lambda: new,
         lambda: expect(_between(old.model, new.model, share)),
     )
+
+
+def _height(state: Any, direction: Any, prior: Framed | None) -> tuple[Array, Array]:
+    """The objective at a state and its slope along a direction, that of Q (Fisher's identity)."""
+    model, statistics, objective = lax.stop_gradient(
+        (state.model, state.statistics, state.objective)
+    )
+    combined = statistics if prior is None else statistics + lax.stop_gradient(prior)
+    _, slope = jax.jvp(lambda m: m.expected_log_prob(combined), (model,), (direction,))
+    return objective, slope
 
 
 def _between(start: Any, end: Any, share: Array) -> Any:

@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from jaxem._em import AbstractMaximization
+from jaxem._guard import is_local
 from jaxem._hold import free_numbers, freeze, natural_names
 
 
@@ -24,7 +25,8 @@ class Gradient(AbstractMaximization):
 
     **Arguments:** `optimiser`, such as `optax.adam(1e-2)` or `optax.lbfgs()`; it compares by
     identity, so make it once. `num_steps` for each M-step. `objective`: climb the objective
-    itself instead of Q, at the cost of an E-step and its derivative each time (ECME).
+    itself instead of Q, at the cost of an E-step and its derivative each time (ECME). That is done
+    whatever is asked where statistics know Q only near the model, as those of regressions do.
 
     **Raises:** `ValueError` for something else than an optimiser, or no step.
 
@@ -49,10 +51,13 @@ class Gradient(AbstractMaximization):
     def __call__(self, statistics, memory, evaluate):
         start, rebuild = free_numbers(statistics.frame)
         update = optax.with_extra_args_support(self.optimiser).update
+        climbs_objective = self.objective or is_local(statistics.frame)
 
         def loss(numbers: Array) -> Float[Array, ""]:
             model = rebuild(numbers)
-            return -(evaluate(model)[1] if self.objective else model.expected_log_prob(statistics))
+            return -(
+                evaluate(model)[1] if climbs_objective else model.expected_log_prob(statistics)
+            )
 
         def ascend(carry: tuple[Array, Any], _: None) -> tuple[tuple[Array, Any], None]:
             numbers, memory = carry

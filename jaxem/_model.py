@@ -156,10 +156,16 @@ def from_functions(
     The functions must be module-level, or kept, for a second fit to reuse the compiled one:
     they are compared by identity.
     """
-    return FunctionModel(jax.tree.map(_as_array, params), e_step, m_step)
+    return FunctionModel(jax.tree.map(as_float_array, params), e_step, m_step)
 
 
-def _as_array(value: Any) -> Array:
+def as_float_array(value: Any) -> Array:
+    """A leaf of `params` as a floating array. Raises `ValueError` for what is none."""
+    if callable(value) or isinstance(value, str):
+        raise ValueError(
+            f"params must be arrays, got {value!r}: of a module pass the arrays alone "
+            "(equinox.partition), and combine them inside the function."
+        )
     value = jnp.asarray(value)
     return value if jnp.issubdtype(value.dtype, jnp.inexact) else value.astype(float)
 

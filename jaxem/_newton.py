@@ -14,6 +14,7 @@ Nocedal & Wright (2006), *Numerical Optimization*, chapters 3 and 16.7.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -49,16 +50,17 @@ def maximize_by_newton(
     - `lower`, `upper` (p,): bounds of θ; where one holds it back θ has derivative zero.
     - `max_steps`: a climb that this ends is returned as it stands, with derivative zero.
     """
+    derivatives = jax.jit(functools.partial(_derivatives, function))  # so that it is traced once
     free = jnp.broadcast_to(jnp.asarray(free), start.shape)
     lower, upper = (
         jnp.broadcast_to(jnp.asarray(b, start.dtype), start.shape) for b in (lower, upper)
     )
     box = lax.stop_gradient((lower, upper))
-    climb = _climb(function, *lax.stop_gradient((start, args)), box, free, max_steps)
+    climb = _climb(function, derivatives, *lax.stop_gradient((start, args)), box, free, max_steps)
     found, moves, arrived = lax.stop_gradient((climb.theta, climb.moves, climb.arrived))
     theta = jnp.where(free, found, start)
     for _ in range(2):
-        gradient, hessian = _derivatives(function, theta, args)
+        gradient, hessian = derivatives(theta, args)
         step, _ = _newton_step(gradient, hessian, moves & arrived)
         theta = jnp.where(moves, jnp.clip(theta + step, *box), theta)
     return theta
@@ -72,7 +74,13 @@ class _Climb(NamedTuple):
 
 
 def _climb(
-    function: Any, start: Array, args: Any, box: tuple[Array, Array], free: Array, max_steps: int
+    function: Any,
+    derivatives: Any,
+    start: Array,
+    args: Any,
+    box: tuple[Array, Array],
+    free: Array,
+    max_steps: int,
 ) -> _Climb:
     lower, upper = box
     eps = jnp.finfo(start.dtype).eps
@@ -80,7 +88,7 @@ def _climb(
 
     def advance(carry: tuple[Array, _Climb]) -> tuple[Array, _Climb]:
         count, (theta, *_) = carry
-        gradient, hessian = _derivatives(function, theta, args)
+        gradient, hessian = derivatives(theta, args)
         pressed = (theta <= lower) & (gradient < 0) | (theta >= upper) & (gradient > 0)
         moves = free & ~pressed
         newton, concave = _newton_step(gradient, hessian, moves)

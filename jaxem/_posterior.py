@@ -56,6 +56,8 @@ class AbstractPosterior(AbstractExpectation):
         log_prob: Float[Array, "t k"],
         length: Int[Array, ""] | None,
         key: Any,
+        *,
+        parallel: bool | None = None,
     ) -> chain.Smoothed:
         """Log-probability and responsibilities of the states of one chain, as in `jaxem.chain`."""
 
@@ -84,8 +86,8 @@ class Exact(AbstractPosterior):
         total = jnp.sum(scaled, axis=0)
         return top + jnp.log(total), (scaled / total).T
 
-    def marginalize_chain(self, initial, transition, log_prob, length, key):
-        return chain.smoothing(initial, transition, log_prob)
+    def marginalize_chain(self, initial, transition, log_prob, length, key, *, parallel=None):
+        return chain.smoothing(initial, transition, log_prob, parallel=parallel)
 
 
 class Hard(AbstractPosterior):
@@ -110,7 +112,7 @@ class Hard(AbstractPosterior):
         components = jnp.arange(log_joint.shape[0], dtype=first.dtype)[:, None]
         return jnp.max(log_joint, axis=0), (components == first).astype(log_joint.dtype).T
 
-    def marginalize_chain(self, initial, transition, log_prob, length, key):
+    def marginalize_chain(self, initial, transition, log_prob, length, key, *, parallel=None):
         paths, value = chain.viterbi(initial, transition, log_prob, length=length)
         return chain.along(paths[0], value[0], transition)
 
@@ -137,7 +139,7 @@ class Tempered(AbstractPosterior):
         log_prob, responsibilities = Exact().marginalize(log_joint / self.temperature)
         return self.temperature * log_prob, responsibilities
 
-    def marginalize_chain(self, initial, transition, log_prob, length, key):
+    def marginalize_chain(self, initial, transition, log_prob, length, key, *, parallel=None):
         # With its rows normalised the tempered chain is one, if what a row summed to goes to
         # the state that is left there.
         start, moves = _root(initial, self.temperature), _root(transition, self.temperature)
@@ -146,7 +148,7 @@ class Tempered(AbstractPosterior):
         left = (steps < (len(log_prob) if length is None else length) - 1)[:, None]
         tempered = log_prob / self.temperature + jnp.where(left, jnp.log(totals), 0)
         chances = moves / totals[..., None]
-        found = chain.smoothing(start / total, chances, tempered)
+        found = chain.smoothing(start / total, chances, tempered, parallel=parallel)
         ratio = jnp.where(transition > 0, chances / jnp.where(transition > 0, transition, 1), 0)
         value = self.temperature * (found.log_likelihood + jnp.log(total))
         return found._replace(log_likelihood=value, ratio=ratio)
@@ -197,8 +199,8 @@ class _OneDraw(AbstractPosterior):
         drawn = jax.random.categorical(key, jax.lax.stop_gradient(log_joint), axis=1)
         return log_prob, jax.nn.one_hot(drawn, log_joint.shape[1], dtype=log_joint.dtype)
 
-    def marginalize_chain(self, initial, transition, log_prob, length, key):
-        forward = chain.filtering(initial, transition, log_prob)
+    def marginalize_chain(self, initial, transition, log_prob, length, key, *, parallel=None):
+        forward = chain.filtering(initial, transition, log_prob, parallel=parallel)
         path = chain.sample_path(key, jax.lax.stop_gradient(forward.filtered), transition)
         return chain.along(path, forward.log_likelihood, transition)
 

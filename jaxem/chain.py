@@ -13,7 +13,11 @@ can be reached and then to a sum of one:
     pₜ = Aᵀ fₜ₋₁,    fₜ = pₜ ∘ lₜ / cₜ,    cₜ = Σ pₜ ∘ lₜ,    log p(x) = Σ log cₜ.
 
 Zeros of the transition matrix stay exact, and values and derivatives are finite beside them: no
-logarithm of a probability is taken. With gains gₜ = lₜ / cₜ the smoother is
+logarithm of a probability is taken. What such scaling cannot hold is a state whose probability
+falls below the smallest number of the dtype (e⁻⁸⁷, in float64 e⁻⁷⁰⁸) and that yet turns out to
+be the true one, since zeros let no other state take its place. Where a probability vanished and
+transitions are that small the filter is run again in logarithms; steps at which the two differ
+are NaN, and so is log p(x). With gains gₜ = lₜ / cₜ the smoother is
 
     βₜ₋₁ = A (gₜ ∘ βₜ),    P(zₜ | x) = fₜ ∘ βₜ,    P(zₜ₋₁, zₜ | x) = A ∘ (fₜ₋₁ ⊗ (gₜ ∘ βₜ)),
 
@@ -31,6 +35,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -42,7 +47,8 @@ from jaxem import _linalg as la
 class Filtered(NamedTuple):
     """What is known of each step from the steps up to it.
 
-    - `log_likelihood`: log p(x), −inf if no state can have produced some step.
+    - `log_likelihood`: log p(x), −inf if no state can have produced some step, NaN if the dtype
+      cannot tell.
     - `filtered` (t, k): P(zₜ | x₁ … xₜ); zeros from an impossible step on.
     - `gain` (t, k): p(xₜ | zₜ) / p(xₜ | x₁ … xₜ₋₁).
     - `log_increments` (t,): log p(xₜ | x₁ … xₜ₋₁), the one-step predictive densities.
@@ -84,7 +90,10 @@ def filtering(
     """
     steps = (log_prob, transition) if transition.ndim == 3 else (log_prob, None)
     run = _filter_blocks if _in_parallel(log_prob, parallel) else _filter_steps
-    filtered, gain, increments = run(initial, transition, steps)
+    filtered, gain, increments, faded = run(initial, transition, steps)
+    wrong = _differs_in_logarithms(initial, transition, log_prob, increments, faded)
+    increments = jnp.where(wrong, jnp.nan, increments)
+    filtered = jnp.where(wrong[:, None], jnp.nan, filtered)
     return Filtered(accurate_sum(increments), filtered, gain, increments)
 
 
@@ -168,23 +177,28 @@ def sample_path(
     filtered: Float[Array, "t k"],
     transition: Float[Array, "k k"] | Float[Array, "t k k"],
 ) -> Int[Array, " t"]:
-    """One draw of z given x, backwards from the filter.
+    """One draw of z given x, backwards from the filter; −1 at and before steps it cannot explain.
 
     Carter & Kohn (1994), Biometrika 81; Scott (2002), JASA 97.
     """
     noise = jax.random.gumbel(key, filtered.shape, filtered.dtype)
     log_filtered = jnp.log(filtered)
-    last = jnp.argmax(log_filtered[-1] + noise[-1])
+    last = _drawn(log_filtered[-1], noise[-1])
 
     def back(later: Array, step: Any) -> tuple[Array, Array]:
         log_f, gumbel, out_of = step
         out_of = transition if out_of is None else out_of
-        z = jnp.argmax(log_f + jnp.log(out_of[:, later]) + gumbel)
+        z = jnp.where(later < 0, -1, _drawn(log_f + jnp.log(out_of[:, later]), gumbel))
         return z, z
 
     out_of = transition[:-1] if transition.ndim == 3 else None
     _, path = lax.scan(back, last, (log_filtered[:-1], noise[:-1], out_of), reverse=True)
     return jnp.concatenate([path, last[None]])
+
+
+def _drawn(log_probabilities: Float[Array, " k"], gumbel: Float[Array, " k"]) -> Array:
+    score = log_probabilities + gumbel
+    return jnp.where(jnp.max(score) > -jnp.inf, jnp.argmax(score), -1)
 
 
 def along(
@@ -275,8 +289,8 @@ def log_increment(top: Array, total: Array) -> Array:
     return top + jnp.where(impossible, -jnp.inf, jnp.log(jnp.where(impossible, 1, total)))
 
 
-def _filter_steps(initial: Array, transition: Array, steps: Any) -> tuple[Array, Array, Array]:
-    """Filtered probabilities, gains and log-increments of all steps.
+def _filter_steps(initial: Array, transition: Array, steps: Any) -> tuple[Array, ...]:
+    """Filtered probabilities, gains and log-increments of all steps, and where one faded.
 
     The loop keeps predictions alone; the rest is found from them for all steps at once.
     """
@@ -292,7 +306,52 @@ def _filter_steps(initial: Array, transition: Array, steps: Any) -> tuple[Array,
     # A state that cannot be reached has no gain: along it β would grow without bound.
     likelihood = jnp.where(filtered > 0, relative_likelihood(log_prob, top[:, None]), 0)
     gain = _over(likelihood, positive(total)[:, None])
-    return filtered, gain, log_increment(top, total)
+    small = (filtered < _negligible(filtered)) & (log_prob > -jnp.inf)
+    faded = jnp.any((predicted > 0) & small, axis=1)
+    return filtered, gain, log_increment(top, total), faded
+
+
+def _negligible(probability: Array) -> float:
+    """Twice this small would be too small for the dtype."""
+    return float(jnp.finfo(probability.dtype).tiny) ** 0.5
+
+
+def _differs_in_logarithms(
+    initial: Array, transition: Array, log_prob: Array, increments: Array, faded: Array
+) -> Array:
+    """Steps whose log-increments lack paths through a state whose probability vanished.
+
+    A state that can be reached from all the others, with no tiny probability, has no such paths:
+    then, and if none vanished, nothing is run. All lanes of a vmap take one branch.
+    """
+    operands = jax.tree.map(lax.stop_gradient, (initial, transition, log_prob, increments))
+    possible = jnp.any(faded) & (jnp.min(operands[1]) < _negligible(transition))
+    exact = lax.cond(
+        eqxi.unvmap_any(possible),
+        lambda initial, transition, log_prob, _: _filter_logs(initial, transition, log_prob),
+        lambda *operands: operands[-1],
+        *operands,
+    )
+    scaled = operands[-1]
+    close = jnp.abs(exact - scaled) <= jnp.finfo(scaled.dtype).eps ** 0.5 * (1 + jnp.abs(exact))
+    return possible & ~(close | (exact == scaled) | jnp.isnan(exact))
+
+
+def _filter_logs(initial: Array, transition: Array, log_prob: Array) -> Array:
+    """Log-increments by logarithms of probabilities, each state with a scale of its own."""
+
+    def step(log_predicted: Array, here: Any) -> tuple[Array, Array]:
+        log_b, out_of = here
+        joint = log_predicted + log_b
+        increment = jax.nn.logsumexp(joint)
+        possible = increment > -jnp.inf
+        log_filtered = jnp.where(possible, joint - jnp.where(possible, increment, 0), -jnp.inf)
+        into = log_transition if out_of is None else jnp.log(out_of)
+        return jax.nn.logsumexp(log_filtered[:, None] + into, axis=0), increment
+
+    log_transition = jnp.log(transition)
+    steps = (log_prob, transition) if transition.ndim == 3 else (log_prob, None)
+    return lax.scan(step, jnp.log(initial), steps)[1]
 
 
 def _smooth_step(backward: Array, filtered: Array, gain: Array) -> tuple[Array, Array]:
@@ -340,7 +399,7 @@ def _flat(leaf: Array, t: int) -> Array:
     return leaf.reshape(-1, *leaf.shape[2:])[:t]
 
 
-def _filter_blocks(initial: Array, transition: Array, steps: Any) -> tuple[Array, Array, Array]:
+def _filter_blocks(initial: Array, transition: Array, steps: Any) -> tuple[Array, ...]:
     log_prob, out_of = steps
     t, eye = log_prob.shape[0], jnp.eye(len(initial), dtype=initial.dtype)
     blocks = _in_blocks(log_prob), None if out_of is None else _in_blocks(out_of, eye)

@@ -6,6 +6,7 @@ of `check_model` that do not apply to it.
 
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,11 +82,13 @@ STAY = np.array([[0.8, 0.2], [0.3, 0.7]])
 PART_RATES = np.array([[1.0, 3.0], [3.0, 1.0], [6.0, 4.0], [4.0, 8.0]])
 
 
+ONE = np.ones((2, 1, 1))
 _slopes = np.array([[1.0, 0.3], [-0.8, 0.5]])
 INPUTS = np.random.default_rng(3).normal(size=(N, 2)) + [3.0, -1.0]
 _level = np.sum(INPUTS * _slopes[_side], axis=1, keepdims=True)
 RESPONSES = _level + np.random.default_rng(4).normal(size=(N, 1)) * 0.6
 ANSWERS = (np.random.default_rng(5).random((N, 3)) < 0.2 + 0.6 * _side[:, None]).astype(int)
+GATES = np.random.default_rng(7).normal(size=(N, 2)) + _side[:, None] * [0.8, 0.0]
 EVENTS = np.random.default_rng(6).poisson(np.exp(1 + 0.4 * _level))
 
 
@@ -127,6 +130,36 @@ def _functions():
         None,
         frozenset(laws),
     )
+
+
+def _smooth_modules():
+    return [SmoothStudent(jnp.array(mean), jnp.zeros(2)) for mean in MEAN]
+
+
+class SmoothStudent(eqx.Module):
+    """Independent t₃ densities, whose derivatives are smooth everywhere."""
+
+    centre: jax.Array
+    log_scale: jax.Array
+
+    def log_prob(self, x):
+        z = (x - self.centre) / jnp.exp(self.log_scale)
+        return jnp.sum(-2 * jnp.log1p(z**2 / 3) - self.log_scale)
+
+
+def _two_poisson_laws(params, x):
+    """log p(x, z = k) of a mixture of Poisson laws, written out."""
+    log_weights = jax.nn.log_softmax(params["logits"])
+    x = x[:, None, :]
+    own = x * params["log_rate"] - jnp.exp(params["log_rate"]) - jax.scipy.special.gammaln(x + 1)
+    return log_weights + jnp.sum(own, axis=2)
+
+
+def _log_joint():
+    params = {"logits": jnp.zeros(2), "log_rate": jnp.log(jnp.array([[1.0, 3.0], [5.0, 4.0]]))}
+    model = jaxem.from_log_joint(_two_poisson_laws, params)
+    nameless = frozenset({"free leaves", "held is not updated"})
+    return Case(model, jnp.asarray(COUNTS, float), None, nameless)
 
 
 CASES = {
@@ -196,6 +229,24 @@ CASES = {
         COUNTS,
         lambda c: c.prior(1.5, c.components.prior(2.0, 0.5)),
     ),
+    "gradient-emission": lambda: _case(
+        jaxem.GradientEmission(_smooth_modules()), POINTS, lambda c: c.prior()
+    ),
+    "labels": lambda: _case(
+        jaxem.Independent([jaxem.SphericalGaussian(MEAN, [1.0, 0.7]), jaxem.Labels(2)]),
+        (POINTS, np.where(np.arange(N) < 12, _side, -1)[:, None]),
+        lambda c: c.prior(),
+    ),
+    "experts": lambda: Case(
+        jaxem.MixtureOfExperts(
+            jaxem.LogisticGate([[0.2, -0.3], [0.0, 0.0]], [0.4, 0.0]),
+            jaxem.LinearRegression(
+                [[[0.8, 0.2]], [[-0.6, 0.4]]], [[0.2], [1.2]], np.ones((2, 1, 1))
+            ),
+        ),
+        jax.tree.map(jnp.asarray, (GATES, (INPUTS, RESPONSES))),
+    ),
+    "log-joint": _log_joint,
     "hmm-gaussian": lambda: _hmm([0.6, 0.4], STAY, jaxem.Gaussian(MEAN, FULL), _ragged(SEQUENCES)),
     "hmm-categorical": lambda: _hmm([0.6, 0.4], STAY, jaxem.Categorical(SHARES), CODED),
     "hmm-stationary": lambda: _hmm("stationary", STAY, jaxem.Poisson([[1.5], [6.0]]), COUNTED),
@@ -215,7 +266,7 @@ CASES = {
         jaxem.HSMM(
             [0.6, 0.4],
             [[0.0, 1.0], [1.0, 0.0]],
-            jaxem.NegativeBinomialDuration([1.0, 2.0], [1.0, 3.0], 5),
+            jaxem.PoissonDuration([1.0, 2.0], 5),
             jaxem.Poisson([[1.5], [6.0]]),
         ),
         jax.tree.map(jnp.asarray, _ragged(COUNTED)),
@@ -226,6 +277,7 @@ HMMS = [name for name in CASES if name.startswith("hmm-")]
 REGRESSIONS = ["linear-regression", "logistic-regression", "poisson-regression"]
 NESTED = ["mixture-emission"]  # parts of its own are latent: no responsibilities fix its sums
 ITERATIVE = ["student-t", "negative-binomial", "gamma", "von-mises-fisher"]
-_APART = {"from_functions", "hsmm", *HMMS, *REGRESSIONS, *NESTED, *ITERATIVE}
+OPEN = ["gradient-emission", "labels", "experts", "log-joint"]
+_APART = {"from_functions", "hsmm", *OPEN, *HMMS, *REGRESSIONS, *NESTED, *ITERATIVE}
 EMISSIONS = [name for name in CASES if name not in _APART]
 FAMILIES = [*EMISSIONS, *REGRESSIONS, *NESTED]

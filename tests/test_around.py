@@ -32,7 +32,8 @@ def test_a_model_reads_as_its_constructor_call():
     )
 
 
-@pytest.mark.parametrize("name", CASES)
+# What a log-joint takes has the names that its author gave it
+@pytest.mark.parametrize("name", [name for name in CASES if name != "log-joint"])
 def test_every_model_names_its_natural_parameters(name):
     text = repr(CASES[name]().model)
     assert "logits" not in text and "log_" not in text and "\t" not in text

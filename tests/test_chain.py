@@ -486,3 +486,46 @@ def test_the_form_is_chosen_without_being_told():
     both = eqx.filter_jit(chain.smoothing)(*given), smoothing(*given, parallel=True)
     for a, b in zip(*map(jax.tree.leaves, both), strict=True):
         close(a, b, 1e-10)
+
+
+def late_truth(dtype, nats):
+    """A chain that leaves state 0 for good, and data that look as if it had, until they do not."""
+    matrix = jnp.array([[0.9, 0.1], [0.0, 1.0]], dtype)
+    log_prob = np.zeros((60, 2))
+    log_prob[:10, 1], log_prob[10, 0], log_prob[11:, 1] = -5, -nats, -nats
+    return jnp.array([1.0, 0.0], dtype), matrix, jnp.asarray(log_prob, dtype)
+
+
+@pytest.mark.parametrize("parallel", FORMS)
+@pytest.mark.parametrize("dtype, held, lost", [("float32", 60, 95), ("float64", 600, 800)])
+def test_a_state_that_vanished_and_was_the_true_one(dtype, held, lost, parallel):
+    """Beyond the range of the dtype nothing is right but NaN; within it all is."""
+    for nats in (held, lost):
+        given = late_truth(dtype, nats)
+        exact = logsumexp(all_of_two_states(*given))
+        value = smoothing(*given, parallel=parallel).log_likelihood
+        path = jax.jit(chain.sample_path)(
+            jax.random.key(0), filtering(*given, parallel=parallel).filtered, given[1]
+        )
+        if nats == held:
+            np.testing.assert_allclose(value, exact, rtol=1e-5)
+            assert bool(jnp.all(path == 0))
+        else:
+            assert bool(jnp.isnan(value)) and bool(jnp.all(path == -1))
+    # The same data, but that no evidence for state 0 follows: nothing was lost.
+    initial, matrix, log_prob = late_truth(dtype, lost)
+    given = initial, matrix, log_prob.at[11:].set(0)
+    exact = logsumexp(all_of_two_states(*given))
+    value = filtering(*given, parallel=parallel).log_likelihood
+    np.testing.assert_allclose(value, exact, rtol=1e-5)
+
+
+def all_of_two_states(initial, matrix, log_prob):
+    """Joint log-probabilities of all paths that go from state 0 to 1 once, or never."""
+    log_prob = np.asarray(log_prob, float)
+    stay, leave = np.log(0.9), np.log(0.1)
+    t = len(log_prob)
+    leaves = [
+        stay * (s - 1) + leave + log_prob[:s, 0].sum() + log_prob[s:, 1].sum() for s in range(1, t)
+    ]
+    return [*leaves, stay * (t - 1) + log_prob[:, 0].sum()]

@@ -90,11 +90,31 @@ def patents(case):
     }
 
 
+def experts(case):
+    """Weights that depend on R&D by sales; one slope of the gate is near −40."""
+    frame = table("patent")
+    u, y = (jnp.asarray(frame[[name]].to_numpy()) for name in ("lgRD", "Patents"))
+    v = jnp.asarray(frame[["RDS"]].to_numpy())
+
+    def start(key):
+        mixture = jaxem.Mixture.init(key, (u, y), 3, jaxem.PoissonRegression)
+        return jaxem.MixtureOfExperts.from_mixture(mixture, 1)
+
+    models = jax.vmap(start)(jax.random.split(jax.random.key(0), 12))
+    rough = jaxem.best(jaxem.fit_restarts(models, (v, (u, y)), tol=1e-7, max_steps=500))
+    solution = solve(case, rough.model, (v, (u, y)))
+    beta = coefficients(solution.model)
+    wanted = jnp.asarray(REGRESSIONS[case]["expected"]["beta"]["value"])
+    order = jnp.argmin(jnp.abs(beta[None] - wanted[:, None]).sum(axis=2), axis=1)
+    return {"loglik": solution.log_likelihood, "beta": beta[order]}
+
+
 RECIPES = {
     "mixreg_tonedata": tone,
     "mixreg_npreg": parabola,
     "mixpois_patent_2": patents,
     "mixpois_patent_3": patents,
+    "mixpois_patent_concomitant": experts,
 }
 
 

@@ -1003,3 +1003,42 @@ def test_mixtures_are_chains_without_memory_and_one_state_is_no_chain():
     close(solution.model.emission.mean[0], rows.mean(0))
     close(solution.model.emission.covariance[0], np.cov(rows.T, bias=True))
     assert model.num_free_parameters == 5
+
+
+def test_time_runs_in_parallel_where_the_model_says_so():
+    model, data, *_ = CASES["hmm-gaussian"]()
+    forms = [
+        HMM(model.initial, model.transition, model.emission, parallel=p) for p in (False, True)
+    ]
+    e_step = eqx.filter_jit(lambda m: m.e_step(data))
+    (plain, value), (blocks, other) = (e_step(m) for m in forms)
+    np.testing.assert_allclose(value, other, rtol=1e-12)
+    close(plain.sums, blocks.sums)
+    close(forms[0].responsibilities(data), forms[1].responsibilities(data))
+    programs = [str(jax.make_jaxpr(lambda m=m: m.log_prob(data))()) for m in forms]
+    assert len(programs[0]) < len(programs[1])  # blocks are not what one chain runs
+    with pytest.raises(ValueError, match="parallel must be"):
+        HMM(model.initial, model.transition, model.emission, parallel=1)
+
+
+def test_a_start_that_follows_the_transitions_says_so():
+    model = CASES["hmm-stationary"]().model
+    assert "initial=[0.6 0.4],  # stationary" in repr(model)
+    assert "held" in repr(jaxem.freeze(model, "emission.rate"))
+
+
+def test_second_derivatives_of_a_fit():
+    """By weights of sequences: the Hessian is symmetric, and the derivative of the gradient."""
+    model, data, *_ = CASES["hmm-categorical"]()
+    direction = jnp.asarray(np.random.default_rng(0).normal(size=(2, len(data))))
+
+    def value(t):
+        solution = jaxem.fit(model, data, weights=1 + t @ direction, tol=1e-12, max_steps=5000)
+        return jnp.sum(solution.model.transition.matrix[0] * jnp.array([1.0, -2.0]))
+
+    gradient = jax.jit(jax.grad(value))
+    hessian = jax.jit(jax.jacfwd(gradient))(jnp.zeros(2))
+    step = 1e-4 * jnp.eye(2)
+    differences = jnp.stack([(gradient(h) - gradient(-h)) / 2e-4 for h in step])
+    np.testing.assert_allclose(hessian, differences, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(hessian, hessian.T, atol=1e-8)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from models import BEARINGS, CASES, COUNTS, DURATIONS, FULL, ITERATIVE, MEAN, POINTS, N
 from scipy import optimize, special, stats
-from test_adjoints import ZERO, agree, central, perturbed_fit
+from test_adjoints import agree, gradient_and_difference, perturbed_fit
 from test_laws import close, e_step, gradient_of_q, log_joint, m_step, map_step, pulled_back, q
 
 import jaxem
@@ -99,9 +99,7 @@ def test_a_prior_alone_has_its_mode_where_it_says(name):
 def test_implicit_gradient(name):
     """Data, weights and prior move; compiled, and side by side with another lane."""
     case = CASES[name]()
-    value = jax.jit(lambda t: perturbed_fit(case, jaxem.Implicit(), t))
-    lanes = jax.jit(jax.vmap(jax.grad(value)))(jnp.stack([ZERO + 1e-5, ZERO]))
-    agree(lanes[1], central(value, ZERO), 1e-6)
+    agree(*gradient_and_difference(lambda t: perturbed_fit(case, jaxem.Implicit(), t)), 1e-6)
 
 
 @pytest.mark.parametrize("name", ITERATIVE)
@@ -189,7 +187,7 @@ def test_parameter_expansion_needs_fewer_steps():
     """Against the plain M-step, which the same sums give with α = 1."""
 
     class Plain(jaxem.StudentT):
-        def _expansion(self, sums):
+        def _expansion(self, sums, dof):
             return jnp.ones_like(self.log_dof)
 
     x = jnp.asarray(stats.multivariate_t.rvs([0.0, 0.0], FULL[0], df=1.5, size=80, random_state=0))
@@ -205,9 +203,11 @@ def test_parameter_expansion_needs_fewer_steps():
 
 def test_many_degrees_of_freedom_are_a_gaussian_and_few_are_degenerate():
     x = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (60, 1)))  # tails lighter than any t
-    solution = jaxem.fit(jaxem.Mixture([1.0], jaxem.StudentT([[0.1]], [[[1.0]]], 3.0)), x)
-    assert solution.result == jaxem.RESULTS.converged
-    np.testing.assert_allclose(solution.model.components.dof, 1000.0)
+    start = jaxem.Mixture([1.0], jaxem.StudentT([[0.1]], [[[1.0]]], 3.0))
+    for algorithm in (jaxem.SQUAREM(), jaxem.Anderson()):
+        solution = jaxem.fit(start, x, algorithm)  # plain EM creeps there, in 1,647 steps
+        assert solution.result == jaxem.RESULTS.converged
+        np.testing.assert_allclose(solution.model.components.dof, 1000.0)
     y = np.random.default_rng(0).normal(size=(60, 1))
     heavy = jnp.asarray(np.sign(y) * np.exp(40 * np.abs(y)))
     model = jaxem.Mixture([1.0], jaxem.StudentT([[0.0]], [[[1.0]]], 1.0))
@@ -281,7 +281,8 @@ def test_binets_function_and_its_derivatives():
     psi = special.digamma(x) - np.log(x) + 0.5 / x
     np.testing.assert_allclose(slope(jnp.asarray(x)), psi, rtol=1e-9, atol=1e-12)
     third = jax.vmap(jax.grad(jax.grad(jax.grad(_special.binet))))(jnp.asarray(x))
-    np.testing.assert_allclose(third + 0, special.polygamma(2, x) + 1 / x**2 + 1 / x**3, rtol=1e-9)
+    scipys = special.polygamma(2, x) + 1 / x**2 + 1 / x**3
+    np.testing.assert_allclose(third, scipys, rtol=1e-9, atol=1e-25)
 
 
 # What is refused

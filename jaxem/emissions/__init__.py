@@ -8,7 +8,9 @@ from jaxem.emissions.gaussian import Gaussian as Gaussian
 from jaxem.emissions.gaussian import TiedGaussian as TiedGaussian
 from jaxem.emissions.glm import LogisticRegression as LogisticRegression
 from jaxem.emissions.glm import PoissonRegression as PoissonRegression
+from jaxem.emissions.gradient_emission import GradientEmission as GradientEmission
 from jaxem.emissions.independent import Independent as Independent
+from jaxem.emissions.labels import Labels as Labels
 from jaxem.emissions.linear_regression import LinearRegression as LinearRegression
 from jaxem.emissions.mixture_emission import MixtureEmission as MixtureEmission
 from jaxem.emissions.multinomial import Multinomial as Multinomial

@@ -96,6 +96,7 @@ def log1p_minus(x: Array, log1p: Array) -> Array:
     return jnp.where(near, small**2 * series, log1p - x)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def vmf_log_norm(concentration: Array, num_features: int) -> Array:
     """log of the density that Fisher's distribution on the sphere in R^d has at its direction.
 
@@ -105,30 +106,84 @@ def vmf_log_norm(concentration: Array, num_features: int) -> Array:
 
     NIST Digital Library of Mathematical Functions, 10.41 and 10.29.
     """
+    log_bessel = _bessel(concentration, num_features)[0]
     order = num_features / 2 - 1
-    steps = max(0, math.ceil(_DEBYE_ORDER - order))
-    top = order + steps
-    log_bessel, slope = jax.jvp(
-        lambda kappa: _debye(kappa, top), (concentration,), (jnp.ones_like(concentration),)
-    )
-    deficit = top / concentration - slope
-
-    def down(carry: tuple[Array, Array], j: Array) -> tuple[tuple[Array, Array], None]:
-        log_bessel, deficit = carry
-        rise = 2 * j / concentration - deficit
-        return (log_bessel + jnp.log1p(rise), rise / (1 + rise)), None
-
-    orders = jnp.asarray([top - j for j in range(steps)], concentration.dtype)
-    (log_bessel, _), _ = jax.lax.scan(down, (log_bessel, deficit), orders)
     return order * jnp.log(concentration) - 0.5 * num_features * math.log(2 * math.pi) - log_bessel
 
 
-def _debye(x: Array, order: float) -> Array:
-    """log(e^−x I_order(x)) for a large order."""
+@vmf_log_norm.defjvp
+def _vmf_log_norm_jvp(num_features: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    value = vmf_log_norm(*primals, num_features)
+    return value, vmf_dispersion(*primals, num_features) * tangents[0]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def vmf_dispersion(concentration: Array, num_features: int) -> Array:
+    """1 − I_{d/2}(κ) / I_{d/2−1}(κ), the mean of 1 − μᵀx, and the derivative of the log-norm."""
+    return _bessel(concentration, num_features)[1]
+
+
+@vmf_dispersion.defjvp
+def _vmf_dispersion_jvp(num_features: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    value = vmf_dispersion(*primals, num_features)
+    return value, _dispersion_slope(*primals, num_features) * tangents[0]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _dispersion_slope(concentration: Array, num_features: int) -> Array:
+    return _bessel(concentration, num_features)[2]
+
+
+@_dispersion_slope.defjvp
+def _dispersion_slope_jvp(num_features: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    """From the derivative of Riccati's equation, D′ = (d − 1)(1 − D)/κ − (2 − D) D."""
+    (kappa,) = primals
+    value, slope = vmf_dispersion(kappa, num_features), _dispersion_slope(kappa, num_features)
+    turn = (num_features - 1) * ((1 - value) / kappa + slope) / kappa
+    return slope, -(turn + 2 * (1 - value) * slope) * tangents[0]
+
+
+def _bessel(x: Array, num_features: int) -> tuple[Array, Array, Array]:
+    """log(e^−x I_ν(x)), D = 1 − I_{ν+1}(x)/I_ν(x) and its derivative, for ν = d/2 − 1."""
+    steps = max(0, math.ceil(_DEBYE_ORDER + 1 - num_features / 2))
+    top = num_features / 2 - 1 + steps
+
+    def down(carry: tuple[Array, Array, Array], j: Array) -> tuple[Any, None]:
+        log_bessel, deficit, slope = carry
+        rise = 2 * j / x - deficit
+        log_bessel, deficit = log_bessel + jnp.log1p(rise), rise / (1 + rise)
+        return (log_bessel, deficit, -(2 * j / x**2 + slope) / (1 + rise) ** 2), None
+
+    orders = jnp.asarray([top - j for j in range(steps)], x.dtype)
+    return jax.lax.scan(down, _debye(x, top), orders)[0]
+
+
+def _debye(x: Array, order: float) -> tuple[Array, Array, Array]:
+    """`_bessel` where ν is large.
+
+    log(e^−x I_ν(x)) = r − x − ν asinh(ν/x) − ½ log 2πr + log Σ uⱼ(p)/νʲ with r² = x² + ν², p = ν/r.
+    """
     radius = jnp.hypot(x, order)
-    own = order**2 / (radius + x) - order * jnp.arcsinh(order / x)
-    series = _polynomial(_debye_coefficients(order), order / radius)
-    return own - 0.5 * jnp.log(2 * math.pi * radius) + jnp.log(series)
+    p = order / radius
+    # derivatives of p; in (x/r)² and p², which cannot overflow
+    slope = -p * (x / radius) / radius
+    bend = p * (2 * (x / radius) ** 2 - p**2) / radius**2
+    polynomial = np.polynomial.Polynomial(_debye_coefficients(order))
+    powers = p[..., None] ** np.arange(len(polynomial.coef), dtype=x.dtype)
+
+    def at_p(derivative: int) -> Array:
+        coefficients = polynomial.deriv(derivative).coef if derivative else polynomial.coef
+        return jnp.sum(powers[..., : len(coefficients)] * coefficients.astype(x.dtype), axis=-1)
+
+    series = at_p(0)
+    rise, curve = at_p(1) / series, at_p(2) / series
+    value = order**2 / (radius + x) - order * jnp.arcsinh(order / x)
+    value = value - 0.5 * jnp.log(2 * math.pi * radius) + jnp.log(series)
+    sides = order + x + radius
+    deficit = 2 * order / sides + 0.5 * (x / radius) / radius - rise * slope
+    change = -2 * order / sides * (1 + x / radius) / sides
+    change = change + 0.5 * (p**2 - (x / radius) ** 2) / radius**2
+    return value, deficit, change - (curve - rise**2) * slope**2 - rise * bend
 
 
 @functools.lru_cache

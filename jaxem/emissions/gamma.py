@@ -132,6 +132,10 @@ class Gamma(AbstractEmission):
         log_rate = log_shape - (self.log_shape - self.log_rate) - growth
         return self.update(log_shape=log_shape, log_rate=jnp.where(some, log_rate, self.log_rate))
 
+    def bounded(self) -> Self:
+        """Self with shapes where estimates lie."""
+        return self.update(log_shape=jnp.clip(self.log_shape, *_bounds(self.log_shape.dtype)))
+
     def expected_log_prob(self, sums: RelativeTotals) -> Float[Array, ""]:
         return jnp.sum(sums.units * gamma_log_norm(self.shape) + self.shape * sums.log_excess)
 
@@ -224,11 +228,15 @@ def _best_log_shape(
         shape = jnp.exp(theta[0])
         return gamma_log_norm(shape) + shape * about.log_excess
 
-    least, most = math.log(LEAST_SHAPE), _most(log_shape.dtype)
+    least, most = _bounds(log_shape.dtype)
     start = jnp.clip(log_shape, least, most)[None]
     args = (excess, log_excess, growth, log_shape)
     found = maximize_by_newton(log_prob, start, args, free=free, lower=least, upper=most)
     return jnp.where(free, found[0], log_shape)
+
+
+def _bounds(dtype: Any) -> tuple[float, float]:
+    return math.log(LEAST_SHAPE), _most(dtype)
 
 
 def _most(dtype: Any) -> float:

@@ -52,6 +52,7 @@ from jaxem.emissions._common import (
 from jaxem.emissions._special import binet, binet_slope, log1p_minus
 
 LEAST_SHAPE, MOST_SHAPE = 1e-4, 1e6
+_BOUNDS = math.log(LEAST_SHAPE), math.log(MOST_SHAPE)
 
 
 class GroupTotals(NamedTuple):
@@ -182,6 +183,10 @@ class NegativeBinomial(AbstractEmission):
         )
         return moved.update(log_shape=log_shape)
 
+    def bounded(self) -> Self:
+        """Self with shapes where estimates lie."""
+        return self.update(log_shape=jnp.clip(self.log_shape, *_BOUNDS))
+
     def expected_log_prob(self, sums: GroupTotals) -> Float[Array, ""]:
         excess, groups = self._totals(sums)
         total = excess + sums.units * self.mean
@@ -222,7 +227,7 @@ class NegativeBinomial(AbstractEmission):
         return jax.random.poisson(key, jnp.exp(log_rate))
 
     def degenerate(self, sums: GroupTotals, min_variance: Any) -> Bool[Array, " k"]:
-        wide = jnp.any(self.maximize(sums).log_shape <= math.log(LEAST_SHAPE), axis=1)
+        wide = jnp.any(self.maximize(sums).log_shape <= _BOUNDS[0], axis=1)
         return (wide & self.free("shape")) | (jnp.max(sums.units, axis=1) < 1)
 
     @classmethod
@@ -268,7 +273,7 @@ def _best_log_shape(
         own = groups * theta[0] - jnp.exp(theta[0]) * softplus(-gap)
         return own - average * softplus(gap)
 
-    least, most = math.log(LEAST_SHAPE), math.log(MOST_SHAPE)
+    least, most = _BOUNDS
     start = jnp.clip(log_shape, least, most)[None]
     args = (groups, average, log_mean)
     found = maximize_by_newton(log_prob, start, args, free=free, lower=least, upper=most)

@@ -9,11 +9,11 @@ derivative of log p in a Gaussian's coordinates weighs its moments by w; in a co
 it gives Σ r w; a direction added at 0 gives Σ r (E log u − w + 1). Statistics are the Gaussian
 moments (Σr, Σrw, Σrw y, Σrw y yᵀ), which reframe as a Gaussian's do, and that last sum.
 
-M-step. Mean and scale are a Gaussian's, and the scale is divided by α more, the best scale of u
-in a model where that is free (parameter expansion: α = Σrw/Σr, so that Σrw divides the scatter
-where Σr did). Then ν maximises Σr (h log h − h − log Γ(h)) + h Σr (E log u − log α − u/α + 1) in
-h = ν/2. α is 1 at a fixed point; steps ascend the likelihood, with a prior too, whose moments
-are therefore kept apart.
+M-step. First ν maximises Σr (h log h − h − log Γ(h)) + h Σr (E log u − u + 1) in h = ν/2. Mean and
+scale are a Gaussian's, and the scale is divided by α more, the best scale of u in a model where
+that is free (parameter expansion: α = Σrw/Σr, so that Σrw divides the scatter where Σr did). α is 1
+at a fixed point; steps ascend the likelihood, with a prior too, whose moments are therefore kept
+apart. All is a function of the sums, with the new ν where a prior makes α depend on it.
 
 Kent, Tyler & Vardi (1994), Commun. Stat. Simul. 23; Liu & Rubin (1995), Statistica Sinica 5;
 Meng & van Dyk (1997), JRSS B 59; Liu, Rubin & Wu (1998), Biometrika 85 (PX-EM);
@@ -44,6 +44,7 @@ from jaxem.emissions.gaussian import Gaussian, Moments, factored
 # Where estimated degrees of freedom end: below, the likelihood is unbounded at a unit of its own
 # (d = 1: ν < 1/(n − 1), Fernández & Steel 1999); above, no data tell a t from a Gaussian.
 LEAST_DOF, MOST_DOF = 0.1, 1000.0
+_BOUNDS = math.log(LEAST_DOF), math.log(MOST_DOF)
 
 
 class ScaledMoments(NamedTuple):
@@ -173,16 +174,17 @@ class StudentT(AbstractEmission):
         )
 
     def maximize(self, sums: ScaledMoments) -> Self:
-        expansion = self._expansion(sums)
+        log_dof = self._best_log_dof(sums)
+        expansion = self._expansion(sums, jnp.exp(log_dof))
         gaussian = self._gaussian().maximize(_expanded(sums, expansion))
         return self.update(
             mean=gaussian.mean,
             log_scale=gaussian.log_scale,
             below=gaussian.below,
-            log_dof=self._best_log_dof(sums, expansion),
+            log_dof=log_dof,
         )
 
-    def _expansion(self, sums: ScaledMoments) -> Float[Array, " k"]:
+    def _expansion(self, sums: ScaledMoments, dof: Float[Array, " k"]) -> Float[Array, " k"]:
         """α: the scale of u that is best along with a scale matrix divided by it.
 
         It maximises ½ d p log α − ½ t α − ½ν (Σrw/α + Σr log α), where the prior has count p and
@@ -198,30 +200,33 @@ class StudentT(AbstractEmission):
         about = la.matmul(la.matmul(whitener, about), la.transpose(whitener))
         trace = jnp.trace(about, axis1=1, axis2=2)
         # t α² + b α = c
-        b = self.dof * sums.data.scale_count - d * prior.scale_count
-        c = self.dof * sums.data.mean_count
+        b = dof * sums.data.scale_count - d * prior.scale_count
+        c = dof * sums.data.mean_count
         some = c > 0
         root = jnp.sqrt(jnp.where(some, b**2 + 4 * trace * c, 1))
         expansion = jnp.where(b > 0, divide(2 * c, root + b), divide(root - b, 2 * trace))
         return jnp.where(some & self.free("scale"), expansion, 1)
 
-    def _best_log_dof(self, sums: ScaledMoments, expansion: Array) -> Float[Array, " k"]:
+    def _best_log_dof(self, sums: ScaledMoments) -> Float[Array, " k"]:
+        count = sums.data.scale_count + sums.prior_dof_count
+        slope = sums.log_scale + sums.prior_log_scale
+        is_free = (count > 0) & self.free("dof")
         if not np.any(self.free("dof")):
             return self.log_dof
-        units, total = sums.data.scale_count, sums.data.mean_count
-        count = units + sums.prior_dof_count
-        rescaled = total - total / expansion - units * jnp.log(expansion)
-        slope = sums.log_scale + rescaled + sums.prior_log_scale
 
         def climb(log_dof: Array, average: Array, free: Array) -> Array:
-            least, most = math.log(LEAST_DOF), math.log(MOST_DOF)
+            least, most = _BOUNDS
             start = jnp.clip(log_dof, least, most)[None]
             found = maximize_by_newton(
                 _dof_log_prob, start, average, free=free, lower=least, upper=most
             )
             return jnp.where(free, found[0], log_dof)
 
-        return jax.vmap(climb)(self.log_dof, divide(slope, count), count > 0)
+        return jax.vmap(climb)(self.log_dof, divide(slope, count), is_free)
+
+    def bounded(self) -> Self:
+        """Self with degrees of freedom where estimates lie."""
+        return self.update(log_dof=jnp.clip(self.log_dof, *_BOUNDS))
 
     def expected_log_prob(self, sums: ScaledMoments) -> Float[Array, ""]:
         half, units = 0.5 * self.dof, sums.data.scale_count + sums.prior_dof_count
@@ -267,9 +272,8 @@ class StudentT(AbstractEmission):
         return self.mean[z] + jnp.exp(-0.5 * log_u)[:, None] * centred
 
     def degenerate(self, sums: ScaledMoments, min_variance: Float[Array, ""]) -> Bool[Array, " k"]:
-        expansion = self._expansion(sums)
         thin = self._gaussian().degenerate(_expanded(sums, 1), min_variance)
-        heavy = self._best_log_dof(sums, expansion) <= math.log(LEAST_DOF)
+        heavy = self._best_log_dof(sums) <= _BOUNDS[0]
         return thin | (heavy & self.free("dof"))
 
     @classmethod

@@ -35,7 +35,7 @@ from jaxem._newton import maximize_by_newton
 from jaxem._statistics import Framed
 from jaxem._units import weighted_mean
 from jaxem.emissions._common import ROUNDINGS, as_float, divide, filled, pseudo_count
-from jaxem.emissions._special import vmf_log_norm
+from jaxem.emissions._special import vmf_dispersion, vmf_log_norm
 
 LEAST_CONCENTRATION = 1e-3
 UNIT_TOLERANCE = 1e-4  # of the norm of a unit
@@ -144,6 +144,11 @@ class VonMisesFisher(AbstractEmission):
         found = maximize_by_newton(log_prob, start, average, free=free, lower=least, upper=most)
         return jnp.where(free, found[0], log_concentration)
 
+    def bounded(self) -> Self:
+        """Self with concentrations where estimates lie."""
+        bounds = math.log(LEAST_CONCENTRATION), _most(self.log_concentration.dtype)
+        return self.update(log_concentration=jnp.clip(self.log_concentration, *bounds))
+
     def expected_log_prob(self, sums: Directions) -> Float[Array, ""]:
         log_norm = vmf_log_norm(self.concentration, self.axis.shape[1])
         return jnp.sum(sums.units * log_norm - self.concentration * sums.second)
@@ -172,7 +177,7 @@ class VonMisesFisher(AbstractEmission):
             value = filled("concentration", concentration, self.log_concentration)
             logs = _log_of_positive("the prior's concentration", value)
             frame = replace(frame, log_concentration=logs)
-        second = count * _dispersion(frame.concentration, self.axis.shape[1])
+        second = count * vmf_dispersion(frame.concentration, self.axis.shape[1])
         return Framed(Directions(count, -second[:, None] * frame.direction, second), frame)
 
     def sample(self, key: Array, z: Int[Array, " n"]) -> Float[Array, "n d"]:
@@ -237,12 +242,6 @@ def _moved(sums: Directions, shift: Float[Array, "k d"]) -> Directions:
         sums.first + sums.units[:, None] * shift,
         sums.second + jnp.sum(sums.first * shift, axis=1) + sums.units * half_square,
     )
-
-
-def _dispersion(concentration: Float[Array, " k"], d: int) -> Float[Array, " k"]:
-    """1 − E μᵀx = 1 − I_{d/2}(κ) / I_{d/2−1}(κ), the derivative of the log-norm."""
-    log_norm = lambda kappa: vmf_log_norm(kappa, d)  # noqa: E731
-    return jax.jvp(log_norm, (concentration,), (jnp.ones_like(concentration),))[1]
 
 
 def _heights(key: Array, concentration: Float[Array, " n"], d: int) -> Float[Array, " n"]:

@@ -2,6 +2,8 @@ from jaxem.models.durations import AbstractDuration as AbstractDuration
 from jaxem.models.durations import CategoricalDuration as CategoricalDuration
 from jaxem.models.durations import NegativeBinomialDuration as NegativeBinomialDuration
 from jaxem.models.durations import PoissonDuration as PoissonDuration
+from jaxem.models.experts import LogisticGate as LogisticGate
+from jaxem.models.experts import MixtureOfExperts as MixtureOfExperts
 from jaxem.models.hmm import HMM as HMM
 from jaxem.models.hsmm import HSMM as HSMM
 from jaxem.models.mixture import Mixture as Mixture

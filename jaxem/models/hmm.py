@@ -9,7 +9,7 @@ Baum, Petrie, Soules & Weiss (1970), Ann. Math. Stat. 41; Rabiner (1989), Proc. 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import equinox as eqx
 import jax
@@ -50,6 +50,8 @@ class HMM(AbstractModel):
       takes into account.
     - `transition`: a matrix (k, k), or an `AbstractTransition`.
     - `emission`: any emission with k components.
+    - `parallel`: whether chains are filtered and smoothed in parallel in time (`jaxem.chain`).
+      Default: on accelerators, for sequences of more than 64 steps.
 
     A free initial distribution is estimated from first states alone: with one sequence it runs
     to a unit vector. That costs nothing but its standard error, which is marked as held.
@@ -62,6 +64,7 @@ class HMM(AbstractModel):
     transition: AbstractTransition
     emission: AbstractEmission
     stationary: bool = eqx.field(static=True)
+    parallel: bool | None = eqx.field(static=True)
     held: Held = eqx.field(static=True)
 
     def __init__(
@@ -69,7 +72,11 @@ class HMM(AbstractModel):
         initial: ArrayLike | str,
         transition: ArrayLike | AbstractTransition,
         emission: AbstractEmission,
+        *,
+        parallel: bool | None = None,
     ):
+        if not (parallel is None or isinstance(parallel, bool)):
+            raise ValueError(f"parallel must be True, False or None, got {parallel!r}.")
         if not isinstance(emission, AbstractEmission):
             raise ValueError(f"the emission must be an emission, got {type(emission).__name__}.")
         if not isinstance(transition, AbstractTransition):
@@ -100,8 +107,12 @@ class HMM(AbstractModel):
             check_shape("initial", initial, (k,))
             check_simplex("initial", initial)
             self.initial_logits = la.floored_log(initial)
-        self.transition, self.emission = transition, emission
+        self.transition, self.emission, self.parallel = transition, emission, parallel
         self.held = (("initial", None),) if self.stationary else ()
+
+    def __repr__(self) -> str:
+        text = super().__repr__()
+        return text.replace("# held", "# stationary", 1) if self.stationary else text
 
     @property
     def initial(self) -> Float[Array, " k"]:
@@ -164,7 +175,8 @@ class HMM(AbstractModel):
                 0,
                 *(a if a is None else 0 for a in ends),
             )
-            run = jax.vmap(posterior.marginalize_chain, in_axes=axes)
+            run = Partial(posterior.marginalize_chain, parallel=self.parallel)
+            run = jax.vmap(run, in_axes=axes)
             likelihood, smoothed, before, after, ratio = run(self.initial, matrix, log_b, *ends)
             scale = jnp.ones(len(log_b), log_b.dtype) if w is None else w.astype(log_b.dtype)
             likelihood = jnp.where((scale != 0) | jnp.isfinite(likelihood), likelihood, 0)
@@ -435,7 +447,7 @@ def _transitions(before: Array, after: Array, counted: Array, shape: tuple[int, 
     return sum_over_units(block, (weighted.reshape(-1, k), after.reshape(-1, k)), width=2 * k)
 
 
-class _Chain(NamedTuple):
+class _Chain(eqx.Module):
     """A sequence as the functions of `jaxem.chain` see it."""
 
     initial: Float[Array, " k"]
@@ -443,6 +455,7 @@ class _Chain(NamedTuple):
     log_prob: Float[Array, "t k"]
     within: Bool[Array, " t"]
     possible: Bool[Array, " t"]
+    parallel: bool | None = eqx.field(static=True)
 
 
 @eqx.filter_jit  # so that an eager call compiles once
@@ -456,15 +469,16 @@ def _map_chains(model: HMM, function: Any, data: Sequences, extra: tuple[Any, ..
         possible = ~present | model.emission.in_support(x).reshape(present.shape)
         if inputs is not None:
             possible &= jnp.all(jnp.isfinite(inputs), axis=2)
-        view = _Chain(model.initial, matrix, log_b, sequences.within, possible)
-        axes = _Chain(None, None if matrix.ndim == 2 else 0, 0, 0, 0)  # pyright: ignore[reportArgumentType]
+        view = _Chain(model.initial, matrix, log_b, sequences.within, possible, model.parallel)
+        axes = _Chain(None, None if matrix.ndim == 2 else 0, 0, 0, 0, model.parallel)  # pyright: ignore[reportArgumentType]
         return jax.vmap(function, in_axes=(axes, *(0 for _ in rest)))(view, *rest)
 
     return map_over_units(block, (data, extra), width=model.width(data))
 
 
 def _forward(view: _Chain) -> chain.Filtered:
-    return chain.filtering(view.initial, view.transition, view.log_prob)
+    given = view.initial, view.transition, view.log_prob
+    return chain.filtering(*given, parallel=view.parallel)
 
 
 def _log_likelihood(view: _Chain) -> Float[Array, ""]:
@@ -480,7 +494,8 @@ def _filtered(view: _Chain) -> Float[Array, "t k"]:
 
 
 def _smoothed(view: _Chain) -> Float[Array, "t k"]:
-    found = chain.smoothing(view.initial, view.transition, view.log_prob)
+    given = view.initial, view.transition, view.log_prob
+    found = chain.smoothing(*given, parallel=view.parallel)
     return jnp.where(view.within[:, None], found.smoothed, 0)
 
 

@@ -22,22 +22,20 @@ from jaxem import _linalg as la
 from jaxem._checks import check_shape, check_weights
 from jaxem._emission import AbstractEmission, float_dtype, log_prob, width, with_shortcut
 from jaxem._hold import Held, free, held_mask, natural_parameters, replace
-from jaxem._model import AbstractModel, all_finite
+from jaxem._joint import AbstractJointModel, sums_of_joint
+from jaxem._model import all_finite
 from jaxem._posterior import AbstractPosterior, Exact
 from jaxem._statistics import Framed
 from jaxem._units import (
     as_arrays,
     fits_one_block,
-    map_over_units,
     num_units,
-    substitute,
-    sum_over_units,
 )
 from jaxem.emissions._common import as_float, pseudo_count
 from jaxem.emissions.categorical import check_simplex, free_log_shares
 
 
-class Mixture(AbstractModel):
+class Mixture(AbstractJointModel):
     """A finite mixture.
 
     **Arguments:** `weights` (k,), in the simplex; `components`, an emission with k components.
@@ -113,27 +111,13 @@ class Mixture(AbstractModel):
         """Sums about self and Σ w log p(x); `given` responsibilities replace the posterior's."""
         at = (jax.nn.log_softmax(self.logits), self.components.coordinates())
 
-        def block(units: Any, w: Any, block_key: Any) -> Any:
-            x, responsibilities = units
-            if weights is not None:
-                x = substitute(x, (w != 0) | self.in_support(x))
+        def log_joint(coordinates: Any, x: Any) -> Float[Array, "n k"]:
+            log_weights, emission_coordinates = coordinates
+            log_prob = self.components.log_prob_at(emission_coordinates, x)
+            return la.repeat(log_weights, log_prob.shape[0]).T + log_prob
 
-            def joint(coordinates: Any) -> Float[Array, "n k"]:
-                log_weights, emission_coordinates = coordinates
-                log_prob = self.components.log_prob_at(emission_coordinates, x)
-                return la.repeat(log_weights, log_prob.shape[0]).T + log_prob
-
-            log_joint, pullback = jax.vjp(joint, at)
-            log_prob, posterior_of_z = posterior.marginalize(log_joint, block_key)
-            r = posterior_of_z if responsibilities is None else responsibilities
-            if w is not None:
-                w = w.astype(log_joint.dtype)
-                r = w[:, None] * r
-                log_prob = w * jnp.where((w != 0) | jnp.isfinite(log_prob), log_prob, 0)
-            return pullback(r.astype(log_joint.dtype))[0], jnp.sum(log_prob)
-
-        (counts, cotangents), value = sum_over_units(
-            block, (data, given), weights, width=self.width(data), key=key
+        (counts, cotangents), value = sums_of_joint(
+            self, log_joint, at, data, weights, posterior, key, given
         )
         return (counts, self.components.statistics(cotangents)), value
 
@@ -187,25 +171,9 @@ class Mixture(AbstractModel):
     def in_support(self, data: PyTree[Array]) -> Bool[Array, " n"]:
         return self.components.in_support(data)
 
-    def _log_joint(self, data: PyTree[Array]) -> Float[Array, "n k"]:
+    def log_joint(self, data: PyTree[Array]) -> Float[Array, "n k"]:
+        """log πₖ + log p(x | z = k) of each unit."""
         return jax.nn.log_softmax(self.logits) + log_prob(self.components, data)
-
-    def log_prob(self, data: PyTree[Array]) -> Float[Array, " n"]:
-        """log p(x) of each unit."""
-        return self._map(_log_prob, data)
-
-    def responsibilities(self, data: PyTree[Array]) -> Float[Array, "n k"]:
-        """P(z = k | x) of each unit."""
-        return self._map(_responsibilities, data)
-
-    def predict(self, data: PyTree[Array]) -> Int[Array, " n"]:
-        """The most probable component of each unit, the first among equals."""
-        return self._map(_most_probable, data)
-
-    def _map(self, function: Any, data: PyTree[Array]) -> Any:
-        data = as_arrays(data)
-        self.check(data)
-        return _map_joint(self, function, data)
 
     def sample(self, key: Array, n: int) -> tuple[PyTree[Array], Int[Array, " n"]]:
         """n draws of x, and the components z that they come from."""
@@ -290,20 +258,3 @@ class Mixture(AbstractModel):
     def _uniform(cls, components: AbstractEmission) -> Self:
         k = components.num_components
         return cls(jnp.full(k, 1 / k, float_dtype(components)), components)
-
-
-def _log_prob(joint: Float[Array, "n k"]) -> Float[Array, " n"]:
-    return Exact().marginalize(joint)[0]
-
-
-def _responsibilities(joint: Float[Array, "n k"]) -> Float[Array, "n k"]:
-    return Exact().marginalize(joint)[1]
-
-
-def _most_probable(joint: Float[Array, "n k"]) -> Int[Array, " n"]:
-    return jnp.argmax(joint, axis=1)
-
-
-@eqx.filter_jit  # so that an eager call compiles once
-def _map_joint(model: Mixture, function: Any, data: PyTree[Array]) -> Any:
-    return map_over_units(lambda x: function(model._log_joint(x)), data, width=model.width(data))

@@ -1,0 +1,165 @@
+"""Mixtures with weights from covariates: gates, mixtures of experts, latent classes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import CASES, GATES, INPUTS, RESPONSES
+from scipy.optimize import minimize
+from scipy.special import log_softmax, logsumexp
+
+import jaxem
+from jaxem import LogisticGate, MixtureOfExperts
+
+V, U, Y = (jnp.asarray(a) for a in (GATES, INPUTS, RESPONSES))
+
+
+def test_weights_are_those_of_a_multinomial_logistic_regression():
+    rng = np.random.default_rng(0)
+    weights, bias, v = rng.normal(size=(3, 2)), rng.normal(size=3), rng.normal(size=(5, 2))
+    gate = LogisticGate(weights, bias)
+    np.testing.assert_allclose(gate.log_weights(v), log_softmax(v @ weights.T + bias, axis=1))
+    np.testing.assert_allclose(gate.bias, bias - bias[-1])
+    np.testing.assert_allclose(gate.weights, weights - weights[-1])
+
+
+def test_statistics_are_score_and_curvature_of_the_gate():
+    """Of known components: the Newton step is that of the multinomial log-likelihood."""
+    model = CASES["experts"]().model
+    labels = jnp.arange(len(V)) % 2
+    w = jnp.asarray(np.random.default_rng(1).gamma(2.0, 0.5, len(V)))
+    gate = model.gate
+
+    def log_likelihood(numbers):
+        moved = gate.intercepts + jnp.stack([numbers[0], 0]), gate.slopes.at[0].add(numbers[1:])
+        logits = V @ moved[1].T + moved[0]
+        return jnp.sum(w * jax.nn.log_softmax(logits)[jnp.arange(len(V)), labels])
+
+    data = (V, ((U, Y), labels[:, None]))
+    known = jaxem.Independent([model.components, jaxem.Labels(2)])
+    sums, _ = MixtureOfExperts(gate, known).e_step(data, w)[0].sums
+    zero = jnp.zeros(3)
+    np.testing.assert_allclose(sums.score[0], jax.grad(log_likelihood)(zero), rtol=1e-10)
+    hessian = jax.hessian(log_likelihood)(zero)
+    np.testing.assert_allclose(sums.curvature[:3, :3], -hessian, rtol=1e-10)
+    np.testing.assert_allclose(sums.units, jnp.sum(w), rtol=1e-12)
+
+
+def test_without_covariates_it_is_a_mixture():
+    mixture = jaxem.Mixture([0.4, 0.6], CASES["experts"]().model.components)
+    start = MixtureOfExperts.from_mixture(mixture, 1)
+    data = (jnp.zeros((len(V), 1)), (U, Y))  # a covariate that does not vary
+    np.testing.assert_allclose(start.e_step(data)[1], mixture.e_step((U, Y))[1], rtol=1e-12)
+    plain = jaxem.fit(mixture, (U, Y), tol=1e-12)
+    gated = jaxem.fit(start, data, tol=1e-12)
+    np.testing.assert_allclose(gated.objective, plain.objective, rtol=1e-10)
+    weights = jax.nn.softmax(gated.model.gate.bias)
+    np.testing.assert_allclose(weights, plain.model.weights, atol=1e-6)
+
+
+def test_a_fit_is_the_maximum_that_another_optimiser_finds():
+    case = CASES["experts"]()
+    solution = jaxem.fit(case.model, case.data, tol=1e-12)
+
+    def minus(numbers):
+        gate, lines, log_scale = numbers[:3], numbers[3:9].reshape(2, 3), numbers[9:]
+        logits = np.column_stack([gate[0] + V @ gate[1:], np.zeros(len(V))])
+        mean = lines[:, 0] + np.asarray(U) @ lines[:, 1:].T
+        density = -0.5 * ((Y - mean) / np.exp(log_scale)) ** 2 - log_scale - 0.5 * np.log(2 * np.pi)
+        return -np.sum(logsumexp(log_softmax(logits, axis=1) + density, axis=1))
+
+    fitted = solution.model
+    c = fitted.components
+    numbers = np.concatenate(
+        [
+            [fitted.gate.bias[0]],
+            fitted.gate.weights[0],
+            np.column_stack([c.bias, c.weights[:, 0]]).ravel(),
+            0.5 * np.log(c.covariance[:, 0, 0]),
+        ]
+    )
+    assert -minus(numbers) == pytest.approx(float(solution.objective), rel=1e-12)
+    nearby = numbers + 0.05 * np.random.default_rng(0).normal(size=len(numbers))
+    found = minimize(minus, nearby, tol=1e-10)
+    assert -found.fun <= float(solution.objective) + 1e-8
+    np.testing.assert_allclose(found.x, numbers, atol=1e-3)
+
+
+def test_latent_classes_with_covariates_are_recovered():
+    """Of 4,000 units with five binary items, whose class depends on a covariate."""
+    gate = LogisticGate([[1.5], [0.0]], [0.5, 0.0])
+    shares = np.array([[0.9, 0.8, 0.85, 0.7, 0.9], [0.2, 0.3, 0.1, 0.4, 0.2]])
+    items = jaxem.Bernoulli(shares)
+    v = jax.random.normal(jax.random.key(0), (4000, 1))
+    x, z = MixtureOfExperts(gate, items).sample(jax.random.key(1), v)
+    guess = 0.2 + 0.6 * jax.nn.one_hot(1 - x[:, 0], 2)
+    start = jaxem.Mixture.from_responsibilities(x, guess, jaxem.Bernoulli)
+    solution = jaxem.fit(MixtureOfExperts.from_mixture(start, 1), (v, x))
+    assert jaxem.result_name(solution.result) == "converged"
+    errors = jaxem.standard_errors(solution, (v, x))
+    fitted, errors = solution.model.gate, errors["gate"]
+    assert abs(fitted.weights[0, 0] - 1.5) < 4 * errors["weights"][0, 0]
+    assert abs(fitted.bias[0] - 0.5) < 4 * errors["bias"][0]
+    np.testing.assert_allclose(solution.model.components.probability, shares, atol=0.05)
+    assert float(jnp.mean(solution.model.predict((v, x)) == z)) > 0.9
+
+
+def test_separated_components_need_the_prior_that_keeps_them_finite():
+    v = jnp.linspace(-1, 1, 40)[:, None]
+    x = jnp.where(v > 0, 8.0, -8.0) + 0.1 * jnp.sin(40 * v)
+    start = MixtureOfExperts(
+        LogisticGate([[0.0], [0.0]], [0.0, 0.0]),
+        jaxem.Gaussian([[-7.0], [7.0]], np.ones((2, 1, 1))),
+    )
+    prior = start.prior(gate=start.gate.prior(precision=0.5))
+    solution = jaxem.fit(start, (v, x), prior=prior)
+    assert jaxem.result_name(solution.result) == "converged"
+    assert 2 < abs(float(solution.model.gate.weights[0, 0])) < 20
+    # the two slopes of one contrast share what the prior pulls
+    np.testing.assert_allclose(jnp.sum(solution.model.gate.slopes), 0, atol=1e-6)
+
+
+def test_parts_of_a_gate_are_held():
+    case = CASES["experts"]()
+    model = jaxem.freeze(case.model, "gate.weights", mask=[True, False])
+    fitted = jaxem.fit(model, case.data).model
+    assert bool(jnp.all(fitted.gate.slopes[0] == model.gate.slopes[0]))
+    free = jaxem.fit(case.model, case.data).objective
+    held = jaxem.fit(jaxem.freeze(case.model, "gate.weights", "gate.bias"), case.data)
+    assert float(held.objective) < float(free) - 1e-3
+    assert held.model.gate.num_free_parameters == 0
+    assert case.model.gate.num_free_parameters == 3
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: LogisticGate([1.0, 2.0], [0.0, 0.0]), "weights"),
+        (lambda: LogisticGate([[1.0], [2.0]], [0.0]), "bias"),
+        (lambda: LogisticGate([[np.nan], [2.0]], [0.0, 0.0]), "NaN"),
+        (lambda: MixtureOfExperts([0.5, 0.5], jaxem.Poisson([[1.0], [2.0]])), "LogisticGate"),
+        (lambda: MixtureOfExperts(LogisticGate(np.zeros((2, 1)), np.zeros(2)), 3), "emission"),
+        (
+            lambda: MixtureOfExperts(
+                LogisticGate(np.zeros((3, 1)), np.zeros(3)), jaxem.Poisson([[1.0], [2.0]])
+            ),
+            "3 components",
+        ),
+        (lambda: jaxem.fit(CASES["experts"]().model, (U, Y)), "covariates|expects a tuple"),
+        (lambda: jaxem.fit(CASES["experts"]().model, U), "expects a tuple of covariates"),
+        (lambda: jaxem.fit(CASES["experts"]().model, (V[:, :1], (U, Y))), "2"),
+        (lambda: MixtureOfExperts.from_mixture(CASES["experts"]().model, 1), "expects a Mixture"),
+    ],
+)
+def test_what_does_not_fit_is_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_covariates_that_are_not_finite_are_reported():
+    case = CASES["experts"]()
+    spoilt = (case.data[0].at[3, 0].set(jnp.nan), case.data[1])
+    solution = jaxem.fit(case.model, spoilt, throw=False)
+    assert jaxem.result_name(solution.result) == "invalid_data"
+    weights = jnp.ones(len(V)).at[3].set(0.0)
+    assert bool(jnp.isfinite(jaxem.fit(case.model, spoilt, weights=weights).objective))
