@@ -48,7 +48,7 @@ def interleave(contenders: dict[str, Callable[[], Any]], runs: int = 7) -> dict[
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(runs):
         for name, run in contenders.items():
-            run()  # untimed: caches warm, and the threads of whoever ran before at rest
+            seconds(run)  # not counted: caches warm, and the threads of whoever ran before at rest
             times[name].append(seconds(run))
     ours = next(iter(times))
     ratios = {

@@ -47,7 +47,8 @@ def no_worse(
     frozen, target = lax.stop_gradient((old.model, new.model))
     direction = jax.tree.map(jnp.subtract, target, frozen)
     eps = jnp.finfo(old.objective.dtype).eps
-    before, rise = _height(old, direction, prior)
+    height = jax.jit(lambda state: _height(state, direction, prior))  # so that it is traced once
+    before, rise = height(old)
     bound = before - 30 * eps * (jnp.abs(before) + total)
     steepest = -0.5 * jnp.maximum(rise, 0) - eps**2 * total
 
@@ -57,10 +58,10 @@ def no_worse(
 
     def halve(carry: tuple[Array, Any]) -> tuple[Array, tuple[Array, Array]]:
         share = carry[0] / 2
-        return share, _height(expect(_between(frozen, target, share)), direction, prior)
+        return share, height(expect(_between(frozen, target, share)))
 
     # no derivative passes through the search: at a fixed point the whole step is taken
-    start = jnp.ones_like(before), _height(new, direction, prior)
+    start = jnp.ones_like(before), height(new)
     share, _ = lax.while_loop(too_long, halve, start)
     whole = share == 1
     return lax.cond(

@@ -294,14 +294,14 @@ def _filter_steps(initial: Array, transition: Array, steps: Any) -> tuple[Array,
 
     The loop keeps predictions alone; the rest is found from them for all steps at once.
     """
-
-    def step(predicted: Array, here: Any) -> tuple[Array, Array]:
-        log_b, out_of = here
-        filtered, *_ = _filter_step(predicted, log_b)
-        return push(filtered, transition if out_of is None else out_of), predicted
-
-    _, predicted = lax.scan(step, initial, steps)
     log_prob, _ = steps
+    predicted = lax.cond(
+        # all lanes of a vmap take one branch
+        eqxi.unvmap_all(jnp.min(transition) >= _negligible(transition)),
+        _predictions_of_dense,
+        _predictions,
+        *(initial, transition, steps),
+    )
     filtered, top, total = jax.vmap(_filter_step)(predicted, log_prob)
     # A state that cannot be reached has no gain: along it β would grow without bound.
     likelihood = jnp.where(filtered > 0, relative_likelihood(log_prob, top[:, None]), 0)
@@ -309,6 +309,35 @@ def _filter_steps(initial: Array, transition: Array, steps: Any) -> tuple[Array,
     small = (filtered < _negligible(filtered)) & (log_prob > -jnp.inf)
     faded = jnp.any((predicted > 0) & small, axis=1)
     return filtered, gain, log_increment(top, total), faded
+
+
+def _predictions(initial: Array, transition: Array, steps: Any) -> Float[Array, "t k"]:
+    def step(predicted: Array, here: Any) -> tuple[Array, Array]:
+        log_b, out_of = here
+        filtered, *_ = _filter_step(predicted, log_b)
+        return push(filtered, transition if out_of is None else out_of), predicted
+
+    return lax.scan(step, initial, steps)[1]
+
+
+def _predictions_of_dense(initial: Array, transition: Array, steps: Any) -> Float[Array, "t k"]:
+    """The same where every state can be reached from every other: half the work in the loop.
+
+    The likeliest state of all then never has a prediction so small that others would vanish
+    beside it, and likelihoods are taken relative to it before the loop.
+    """
+    log_prob, out_of = steps
+    log_prob = log_prob.at[0].set(jnp.where(initial > 0, log_prob[0], -jnp.inf))
+    top = lax.stop_gradient(jnp.max(log_prob, axis=1, keepdims=True))
+    likelihood = relative_likelihood(log_prob, jnp.where(top > -jnp.inf, top, 0))
+
+    def step(predicted: Array, here: Any) -> tuple[Array, Array]:
+        likelihood, out_of = here
+        joint = predicted * likelihood
+        filtered = _over(joint, positive(jnp.sum(joint)))
+        return push(filtered, transition if out_of is None else out_of), predicted
+
+    return lax.scan(step, initial, (likelihood, out_of))[1]
 
 
 def _negligible(probability: Array) -> float:

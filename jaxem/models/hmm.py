@@ -21,7 +21,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 from jaxem import _init, chain
 from jaxem import _linalg as la
 from jaxem._checks import check_shape, check_weights
-from jaxem._emission import AbstractEmission, float_dtype
+from jaxem._emission import AbstractEmission, float_dtype, with_shortcut
 from jaxem._hold import Held, free, held_mask, natural_parameters, replace
 from jaxem._model import AbstractModel, all_finite
 from jaxem._posterior import AbstractPosterior, Exact
@@ -29,6 +29,7 @@ from jaxem._sequences import Sequences, as_sequences
 from jaxem._statistics import Framed
 from jaxem._units import (
     as_arrays,
+    fits_one_block,
     map_over_units,
     num_units,
     sum_over_units,
@@ -154,10 +155,20 @@ class HMM(AbstractModel):
         data, weights = as_arrays(data), as_arrays(weights)
         self.check(data)
         check_weights(weights, num_units(data))
-        sums, log_likelihood = self._sums(as_sequences(data), weights, posterior, key)
+        sums, log_likelihood = self._cheapest_sums(as_sequences(data), weights, posterior, key)
         return Framed(sums, self), log_likelihood
 
     @eqx.filter_jit  # so that an eager call compiles once
+    def _cheapest_sums(
+        self, data: Sequences, weights: Any, posterior: AbstractPosterior, key: Any
+    ) -> Any:
+        def total(emission: AbstractEmission) -> Any:
+            return replace(self, emission=emission)._sums(data, weights, posterior, key)
+
+        # what is small compiles faster without a choice
+        small = fits_one_block(num_units(data), self.width(data))
+        return with_shortcut(self.emission, total, allowed=not small)
+
     def _sums(self, data: Sequences, weights: Any, posterior: AbstractPosterior, key: Any) -> Any:
         """Sums about self and Σ w log p(x)."""
         coordinates = self.transition.coordinates()
