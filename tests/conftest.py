@@ -6,6 +6,7 @@ known; an unknown flag would end the process.
 
 import importlib.metadata
 import os
+import pathlib
 
 FLAGS = ["--xla_force_host_platform_device_count=2"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
@@ -22,8 +23,12 @@ import pytest  # noqa: E402
 jax.config.update("jax_enable_x64", True)
 
 
-@pytest.fixture(autouse=True, scope="module")
+MAPS = pathlib.Path("/proc/self/maps")  # Linux, which allows a process 65,530 of them
+
+
+@pytest.fixture(autouse=True)
 def _forget_compiled_programs():
     """Thousands of compiled programs in one process exhaust its memory maps, and it crashes."""
     yield
-    jax.clear_caches()
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
