@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from jaxem._hold import Held, free, update
 from jaxem._repr import describe
 from jaxem._statistics import Framed
-from jaxem._units import sum_over_units
+from jaxem._units import fits_one_block, sum_over_units
 
 
 class AbstractEmission(eqx.Module):
@@ -154,10 +154,14 @@ def pull_back(
 
 
 def with_shortcut(
-    emission: AbstractEmission, total: Callable[[Any], PyTree[Array]], allowed: bool
+    emission: AbstractEmission, total: Callable[[Any], PyTree[Array]], n: int, width: int
 ) -> PyTree[Array]:
-    """`total(emission)`, by the cheaper form of the emission where rounding allows it."""
-    shortcut = emission.shortcut() if allowed else None
+    """`total(emission)`, by the cheaper form of the emission where rounding allows it.
+
+    Not where `n` units of `width` numbers are one block: what is small compiles faster without a
+    choice.
+    """
+    shortcut = None if fits_one_block(n, width) else emission.shortcut()
     if shortcut is None:
         return total(emission)
     safe, cheaper = shortcut

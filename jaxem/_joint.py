@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
+from jaxem._checks import check_weights
 from jaxem._model import AbstractModel
 from jaxem._posterior import AbstractPosterior, Exact
-from jaxem._units import as_arrays, map_over_units, substitute, sum_over_units
+from jaxem._statistics import Framed
+from jaxem._units import as_arrays, map_over_units, num_units, substitute, sum_over_units
 
 
 class AbstractJointModel(AbstractModel):
@@ -26,6 +28,32 @@ class AbstractJointModel(AbstractModel):
     @abc.abstractmethod
     def log_joint(self, data: PyTree[Array]) -> Float[Array, "n k"]:
         """log p(x, z = k) of each unit."""
+
+    @abc.abstractmethod
+    def expected_sums(
+        self, data: PyTree[Array], weights: Any, posterior: AbstractPosterior, key: Any
+    ) -> tuple[Any, Float[Array, ""]]:
+        """Sums about self and Σ w log p(x), of arrays that have been checked."""
+
+    def e_step(
+        self,
+        data: PyTree[Array],
+        weights: Float[Array, " n"] | None = None,
+        *,
+        posterior: AbstractPosterior = Exact(),
+        key: Array | None = None,
+    ) -> tuple[Framed, Float[Array, ""]]:
+        """Expected statistics about self, and the log-likelihood Σ w log p(x).
+
+        A unit of weight 0 equals an absent one, whatever it holds, NaN included.
+
+        **Raises:** `ValueError` for data or weights of the wrong shape or dtype.
+        """
+        data, weights = as_arrays(data), as_arrays(weights)
+        self.check(data)
+        check_weights(weights, num_units(data))
+        sums, log_likelihood = _expected_sums(self, data, weights, posterior, key)
+        return Framed(sums, self), log_likelihood
 
     def log_prob(self, data: PyTree[Array]) -> Float[Array, " n"]:
         """log p(x) of each unit."""
@@ -55,6 +83,13 @@ def _responsibilities(joint: Float[Array, "n k"]) -> Float[Array, "n k"]:
 
 def _most_probable(joint: Float[Array, "n k"]) -> Int[Array, " n"]:
     return jnp.argmax(joint, axis=1)
+
+
+@eqx.filter_jit  # so that an eager call compiles once
+def _expected_sums(
+    model: AbstractJointModel, data: Any, weights: Any, posterior: AbstractPosterior, key: Any
+) -> Any:
+    return model.expected_sums(data, weights, posterior, key)
 
 
 @eqx.filter_jit  # so that an eager call compiles once

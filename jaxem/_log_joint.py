@@ -19,14 +19,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from jaxem._checks import check_weights
 from jaxem._emission import finite
 from jaxem._hold import replace
 from jaxem._joint import AbstractJointModel, sums_of_joint
 from jaxem._model import all_finite, as_float_array
-from jaxem._posterior import AbstractPosterior, Exact
+from jaxem._posterior import AbstractPosterior
 from jaxem._statistics import Framed
-from jaxem._units import as_arrays, num_units, total_weight
+from jaxem._units import num_units, total_weight
+from jaxem.emissions._common import divide
 
 
 class Slope(NamedTuple):
@@ -53,25 +53,15 @@ class LogJointModel(AbstractJointModel):
     params: PyTree
     function: Callable[..., Any] = eqx.field(static=True)
 
-    def e_step(
-        self,
-        data: PyTree[Array],
-        weights: Float[Array, " n"] | None = None,
-        *,
-        posterior: AbstractPosterior = Exact(),
-        key: Array | None = None,
-    ) -> tuple[Framed, Float[Array, ""]]:
-        """The score at self, and the log-likelihood Σ w log p(x)."""
-        data, weights = as_arrays(data), as_arrays(weights)
-        self.check(data)
-        check_weights(weights, num_units(data))
-        score, log_likelihood = self._score(data, weights, posterior, key)
-        units = jnp.asarray(total_weight(data, weights), log_likelihood.dtype)
-        return Framed(Slope(units, jnp.zeros_like(units), score), self), log_likelihood
-
-    @eqx.filter_jit  # so that an eager call compiles once
-    def _score(self, data: Any, weights: Any, posterior: AbstractPosterior, key: Any) -> Any:
-        return sums_of_joint(self, self.function, self.params, data, weights, posterior, key)
+    def expected_sums(
+        self, data: Any, weights: Any, posterior: AbstractPosterior, key: Any
+    ) -> tuple[Slope, Float[Array, ""]]:
+        """The score at self, and Σ w log p(x)."""
+        score, value = sums_of_joint(
+            self, self.function, self.params, data, weights, posterior, key
+        )
+        units = jnp.asarray(total_weight(data, weights), value.dtype)
+        return Slope(units, jnp.zeros_like(units), score), value
 
     def reframe(self, sums: Slope, old: Self) -> Slope:
         return sums.moved(jax.tree.map(jnp.subtract, self.params, old.params))
@@ -82,10 +72,8 @@ class LogJointModel(AbstractJointModel):
         In `fit` it is halved until the objective does not fall. `Gradient` climbs faster.
         """
         sums = statistics.at(self).sums
-        share = jnp.where(sums.units > 0, 1 / jnp.where(sums.units > 0, sums.units, 1), 0)
-        return replace(
-            self, params=jax.tree.map(lambda p, s: p + share * s, self.params, sums.score)
-        )
+        params = jax.tree.map(lambda p, s: p + divide(s, sums.units), self.params, sums.score)
+        return replace(self, params=params)
 
     def expected_log_prob(self, statistics: Framed) -> Float[Array, ""]:
         """Q near the model that the statistics were taken at, to first order."""

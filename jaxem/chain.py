@@ -90,8 +90,10 @@ def filtering(
     """
     steps = (log_prob, transition) if transition.ndim == 3 else (log_prob, None)
     run = _filter_blocks if _in_parallel(log_prob, parallel) else _filter_steps
-    filtered, gain, increments, faded = run(initial, transition, steps)
-    wrong = _differs_in_logarithms(initial, transition, log_prob, increments, faded)
+    dense = jnp.min(transition) >= _negligible(transition)
+    filtered, gain, increments, faded = run(initial, transition, steps, dense)
+    lossy = jnp.any(faded) & ~dense
+    wrong = _differs_in_logarithms(initial, transition, log_prob, increments, lossy)
     increments = jnp.where(wrong, jnp.nan, increments)
     filtered = jnp.where(wrong[:, None], jnp.nan, filtered)
     return Filtered(accurate_sum(increments), filtered, gain, increments)
@@ -289,15 +291,14 @@ def log_increment(top: Array, total: Array) -> Array:
     return top + jnp.where(impossible, -jnp.inf, jnp.log(jnp.where(impossible, 1, total)))
 
 
-def _filter_steps(initial: Array, transition: Array, steps: Any) -> tuple[Array, ...]:
+def _filter_steps(initial: Array, transition: Array, steps: Any, dense: Array) -> tuple[Array, ...]:
     """Filtered probabilities, gains and log-increments of all steps, and where one faded.
 
     The loop keeps predictions alone; the rest is found from them for all steps at once.
     """
     log_prob, _ = steps
     predicted = lax.cond(
-        # all lanes of a vmap take one branch
-        eqxi.unvmap_all(jnp.min(transition) >= _negligible(transition)),
+        eqxi.unvmap_all(dense),  # all lanes of a vmap take one branch
         _predictions_of_dense,
         _predictions,
         *(initial, transition, steps),
@@ -346,15 +347,14 @@ def _negligible(probability: Array) -> float:
 
 
 def _differs_in_logarithms(
-    initial: Array, transition: Array, log_prob: Array, increments: Array, faded: Array
+    initial: Array, transition: Array, log_prob: Array, increments: Array, possible: Array
 ) -> Array:
     """Steps whose log-increments lack paths through a state whose probability vanished.
 
-    A state that can be reached from all the others, with no tiny probability, has no such paths:
-    then, and if none vanished, nothing is run. All lanes of a vmap take one branch.
+    Nothing is run where none are `possible`: if no state vanished, or each can be reached from all
+    the others with no tiny probability. All lanes of a vmap take one branch.
     """
     operands = jax.tree.map(lax.stop_gradient, (initial, transition, log_prob, increments))
-    possible = jnp.any(faded) & (jnp.min(operands[1]) < _negligible(transition))
     exact = lax.cond(
         eqxi.unvmap_any(possible),
         lambda initial, transition, log_prob, _: _filter_logs(initial, transition, log_prob),
@@ -428,7 +428,9 @@ def _flat(leaf: Array, t: int) -> Array:
     return leaf.reshape(-1, *leaf.shape[2:])[:t]
 
 
-def _filter_blocks(initial: Array, transition: Array, steps: Any) -> tuple[Array, ...]:
+def _filter_blocks(
+    initial: Array, transition: Array, steps: Any, dense: Array
+) -> tuple[Array, ...]:
     log_prob, out_of = steps
     t, eye = log_prob.shape[0], jnp.eye(len(initial), dtype=initial.dtype)
     blocks = _in_blocks(log_prob), None if out_of is None else _in_blocks(out_of, eye)
@@ -454,7 +456,7 @@ def _filter_blocks(initial: Array, transition: Array, steps: Any) -> tuple[Array
         return push(joint, rows), predicted
 
     _, starts = lax.scan(skip, initial, maps)
-    run = jax.vmap(lambda start, block: _filter_steps(start, transition, block))
+    run = jax.vmap(lambda start, block: _filter_steps(start, transition, block, dense))
     return jax.tree.map(lambda leaf: _flat(leaf, t), run(starts, blocks))
 
 

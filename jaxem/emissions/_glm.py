@@ -34,6 +34,7 @@ from jaxem.emissions._inputs import (
     along,
     given_inputs,
     inputs_and_outputs,
+    share_within,
     solve_free,
 )
 
@@ -155,8 +156,7 @@ class GeneralizedLinear(AbstractEmission):
         by_curvature = jnp.sum(step * la.apply(sums.curvature, step), axis=2, keepdims=True)
         by_curvature = divide(by_curvature, sums.curvature[:, :, :1, 0])
         reach = jnp.minimum(jnp.sum(step**2, axis=2, keepdims=True), by_curvature)
-        beyond = reach > limit
-        share = jnp.sqrt(jnp.where(beyond, limit / jnp.where(beyond, reach, 1), 1))
+        share = share_within(reach, limit)
         weights, bias = self.inputs.uncentred(share * step / unit)
         new = self.update(weights=self.weights + weights, bias=self.bias + bias)
         return replace(new, inputs=self.inputs.moved(jnp.sum(sums.curvature, axis=1)))

@@ -103,10 +103,22 @@ class InputFrame(eqx.Module):
         """
         k, p = self.mean.shape
         bias, weights = free(module, "bias"), free(module, "weights")
-        rows = np.concatenate([bias[:, None], np.repeat(weights[:, None], p, axis=1)], axis=1)
+        rows = free_coefficients(module, p)
         tilt = jnp.where((~bias & weights)[:, None], self._origin / self._scale, 0)
         own = jnp.asarray(rows[:, :, None] * np.eye(1 + p), tilt.dtype)
         return own + jnp.pad(tilt[:, :, None], ((0, 0), (1, 0), (0, p)))
+
+
+def free_coefficients(module: Any, num_inputs: int) -> np.ndarray:
+    """Which of `bias` and `weights` are free, (k, 1 + p)."""
+    bias, weights = free(module, "bias")[:, None], free(module, "weights")[:, None]
+    return np.concatenate([bias, np.repeat(weights, num_inputs, axis=1)], axis=1)
+
+
+def share_within(reach: Array, limit: Array) -> Array:
+    """The share of a step whose squared length `reach` may not exceed `limit`."""
+    beyond = reach > limit
+    return jnp.sqrt(jnp.where(beyond, limit / jnp.where(beyond, reach, 1), 1))
 
 
 def _affine(shift: Float[Array, "k p"], scale: Float[Array, "k p"]) -> Float[Array, "k q q"]:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxem._emission import AbstractEmission, pull_back, width, with_shortcut
 from jaxem._sequences import Sequences
-from jaxem._units import fits_one_block, map_over_units, num_units, substitute
+from jaxem._units import map_over_units, num_units, substitute
 
 
 def usable_steps(
@@ -29,11 +29,13 @@ def usable_steps(
 def log_prob_of_steps(
     emission: AbstractEmission, x: PyTree[Array], present: Bool[Array, "b t"]
 ) -> Float[Array, "b t k"]:
+    size = width(emission, x)
+
     def log_prob_of(emission: AbstractEmission) -> Float[Array, "n k"]:
-        at, size = emission.coordinates(), width(emission, x)
+        at = emission.coordinates()
         return map_over_units(lambda part: emission.log_prob_at(at, part), x, width=size)
 
-    log_b = _cheaply(emission, log_prob_of, x).reshape(*present.shape, -1)
+    log_b = with_shortcut(emission, log_prob_of, num_units(x), size).reshape(*present.shape, -1)
     return jnp.where(present[:, :, None], log_b, 0)
 
 
@@ -45,10 +47,4 @@ def emitted_sums(
     def sums(emission: AbstractEmission) -> PyTree[Array]:
         return emission.statistics(pull_back(emission, emission.coordinates(), x, responsibilities))
 
-    return _cheaply(emission, sums, x)
-
-
-def _cheaply(emission: AbstractEmission, function: Any, x: PyTree[Array]) -> Any:
-    """`function(emission)`, by the cheaper form of the emission; few steps take no choice."""
-    small = fits_one_block(num_units(x), width(emission, x))
-    return with_shortcut(emission, function, allowed=not small)
+    return with_shortcut(emission, sums, num_units(x), width(emission, x))

@@ -19,17 +19,17 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from jaxem import _linalg as la
-from jaxem._checks import check_continuous, check_shape, check_values, check_weights
+from jaxem._checks import check_continuous, check_shape, check_values
 from jaxem._emission import AbstractEmission, finite, log_prob, width
 from jaxem._hold import Held, free, natural_parameters, replace, update
 from jaxem._joint import AbstractJointModel, sums_of_joint
 from jaxem._model import all_finite
-from jaxem._posterior import AbstractPosterior, Exact
+from jaxem._posterior import AbstractPosterior
 from jaxem._repr import describe
 from jaxem._statistics import Framed
-from jaxem._units import as_arrays, num_units
+from jaxem._units import num_units
 from jaxem.emissions._common import as_float, pseudo_count
-from jaxem.emissions._inputs import along, solve_free
+from jaxem.emissions._inputs import along, free_coefficients, share_within, solve_free
 from jaxem.models.mixture import Mixture
 
 
@@ -140,15 +140,11 @@ class LogisticGate(eqx.Module):
     def maximize(self, sums: GateSums) -> Self:
         """A Newton step within what is free, no longer than the quadratic can be trusted."""
         k, p = self.slopes.shape
-        columns = [free(self, "bias")[:, None], np.repeat(free(self, "weights")[:, None], p, 1)]
-        directions = np.diag(np.concatenate(columns, axis=1).reshape(-1).astype(float))
-        directions = jnp.asarray(directions, sums.score.dtype)
+        directions = jnp.diag(free_coefficients(self, p).reshape(-1).astype(sums.score.dtype))
         score = sums.score.reshape(1, -1)
         step = solve_free(sums.curvature, score, directions)[0]
         reach = jnp.sum(step * la.apply(sums.curvature, step))
-        limit = _LONGEST**2 * sums.units
-        beyond = reach > limit
-        share = jnp.sqrt(jnp.where(beyond, limit / jnp.where(beyond, reach, 1), 1))
+        share = share_within(reach, _LONGEST**2 * sums.units)
         moved = self._parameters() + (share * step).reshape(k, p + 1)
         return update(self, intercepts=moved[:, 0], slopes=moved[:, 1:])
 
@@ -207,7 +203,7 @@ class MixtureOfExperts(AbstractJointModel):
         """A start from a mixture: its weights, whatever the covariates."""
         if not isinstance(mixture, Mixture):
             raise ValueError(f"from_mixture expects a Mixture, got {type(mixture).__name__}.")
-        logits = jnp.log(jnp.maximum(mixture.weights, jnp.finfo(mixture.weights.dtype).tiny))
+        logits = la.floored_log(mixture.weights)
         slopes = jnp.zeros((len(logits), num_covariates), logits.dtype)
         return cls(LogisticGate(slopes, logits - logits[-1]), mixture.components)
 
@@ -220,28 +216,11 @@ class MixtureOfExperts(AbstractJointModel):
         """Number of parameters that the M-step moves, as AIC and BIC count them."""
         return self.gate.num_free_parameters + self.components.num_free_parameters
 
-    def e_step(
-        self,
-        data: tuple[Array, PyTree[Array]],
-        weights: Float[Array, " n"] | None = None,
-        *,
-        posterior: AbstractPosterior = Exact(),
-        key: Array | None = None,
-    ) -> tuple[Framed, Float[Array, ""]]:
-        """Expected statistics about self, and the log-likelihood Σ w log p(x | v).
+    def expected_sums(
+        self, data: Any, weights: Any, posterior: AbstractPosterior, key: Any
+    ) -> tuple[Any, Float[Array, ""]]:
+        """Sums about self, of gate and components, and Σ w log p(x | v)."""
 
-        A unit of weight 0 equals an absent one, whatever it holds, NaN included.
-
-        **Raises:** `ValueError` for data or weights of the wrong shape or dtype.
-        """
-        data, weights = as_arrays(data), as_arrays(weights)
-        self.check(data)
-        check_weights(weights, num_units(data))
-        sums, log_likelihood = self._sums(data, weights, posterior, key)
-        return Framed(sums, self), log_likelihood
-
-    @eqx.filter_jit  # so that an eager call compiles once
-    def _sums(self, data: Any, weights: Any, posterior: AbstractPosterior, key: Any) -> Any:
         def log_joint(coordinates: Any, units: Any) -> Float[Array, "n k"]:
             (v, x), (gate, emission) = units, coordinates
             own = self.gate.log_weights_at(gate, v)

@@ -29,7 +29,6 @@ from jaxem._sequences import Sequences, as_sequences
 from jaxem._statistics import Framed
 from jaxem._units import (
     as_arrays,
-    fits_one_block,
     map_over_units,
     num_units,
     sum_over_units,
@@ -165,9 +164,7 @@ class HMM(AbstractModel):
         def total(emission: AbstractEmission) -> Any:
             return replace(self, emission=emission)._sums(data, weights, posterior, key)
 
-        # what is small compiles faster without a choice
-        small = fits_one_block(num_units(data), self.width(data))
-        return with_shortcut(self.emission, total, allowed=not small)
+        return with_shortcut(self.emission, total, num_units(data), self.width(data))
 
     def _sums(self, data: Sequences, weights: Any, posterior: AbstractPosterior, key: Any) -> Any:
         """Sums about self and Σ w log p(x)."""

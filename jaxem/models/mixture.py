@@ -19,18 +19,14 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from jaxem import _init
 from jaxem import _linalg as la
-from jaxem._checks import check_shape, check_weights
+from jaxem._checks import check_shape
 from jaxem._emission import AbstractEmission, float_dtype, log_prob, width, with_shortcut
 from jaxem._hold import Held, free, held_mask, natural_parameters, replace
 from jaxem._joint import AbstractJointModel, sums_of_joint
 from jaxem._model import all_finite
 from jaxem._posterior import AbstractPosterior, Exact
 from jaxem._statistics import Framed
-from jaxem._units import (
-    as_arrays,
-    fits_one_block,
-    num_units,
-)
+from jaxem._units import as_arrays, num_units
 from jaxem.emissions._common import as_float, pseudo_count
 from jaxem.emissions.categorical import check_simplex, free_log_shares
 
@@ -73,37 +69,15 @@ class Mixture(AbstractJointModel):
 
     # E-step
 
-    def e_step(
-        self,
-        data: PyTree[Array],
-        weights: Float[Array, " n"] | None = None,
-        *,
-        posterior: AbstractPosterior = Exact(),
-        key: Array | None = None,
-    ) -> tuple[Framed, Float[Array, ""]]:
-        """Expected statistics about self, and the log-likelihood Σ w log p(x).
-
-        A unit of weight 0 equals an absent one, whatever it holds, NaN included.
-
-        **Raises:** `ValueError` for data or weights of the wrong shape or dtype.
-        """
-        data, weights = as_arrays(data), as_arrays(weights)
-        self.check(data)
-        check_weights(weights, num_units(data))
-
-        (counts, sums), log_likelihood = self._cheapest_sums(data, weights, posterior, key)
-        return Framed((counts, sums), self), log_likelihood
-
-    @eqx.filter_jit  # so that an eager call compiles once
-    def _cheapest_sums(
+    def expected_sums(
         self, data: Any, weights: Any, posterior: AbstractPosterior, key: Any
-    ) -> Any:
+    ) -> tuple[Any, Float[Array, ""]]:
+        """Sums about self and Σ w log p(x), by the cheaper form of the components if it will do."""
+
         def total(components: AbstractEmission) -> Any:
             return replace(self, components=components)._sums(data, weights, posterior, key)
 
-        # what is small compiles faster without a choice
-        small = fits_one_block(num_units(data), self.width(data))
-        return with_shortcut(self.components, total, allowed=not small)
+        return with_shortcut(self.components, total, num_units(data), self.width(data))
 
     def _sums(
         self, data: Any, weights: Any, posterior: AbstractPosterior, key: Any, given: Any = None
