@@ -364,7 +364,7 @@ def throughput() -> None:
             f"{steps} steps of Minibatch({size})": lambda: pass_of(begun_batch),
             "a full step": lambda: whole(begun, x),
         },
-        runs=5,
+        runs=25,
     )
     shares = [row["times_ours"] for row in rows.values()]
     rows["row throughput, share of full"] = round(shares[1], 2)

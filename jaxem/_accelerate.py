@@ -54,6 +54,9 @@ class _Accelerated(AbstractAlgorithm):
         new = eqx.tree_at(lambda s: s.step, new, state.step + 1)
         return _with_memory(new, (new.maximization, own))
 
+    def finish(self, state, data, *, weights=None, prior=None, key=None):
+        return state.model
+
     @abc.abstractmethod
     def _start(self, numbers: Array) -> PyTree[Array]:
         """What is remembered before the first step."""

@@ -45,8 +45,8 @@ class AbstractAccumulation(eqx.Module):
     @abc.abstractmethod
     def select(
         self, memory: PyTree[Array], data: PyTree[Array], weights: Any, step: Array, key: Any
-    ) -> tuple[PyTree[Array], Any]:
-        """The units and unit weights of this step."""
+    ) -> tuple[PyTree[Array], Any, Any]:
+        """The units of this step, their weights, and how many times as much they stand for."""
 
     @abc.abstractmethod
     def __call__(
@@ -57,6 +57,10 @@ class AbstractAccumulation(eqx.Module):
     @abc.abstractmethod
     def settles(self, step: Int[Array, ""]) -> Bool[Array, ""] | bool:
         """Whether a step that hardly moves can mean that the fit has converged."""
+
+    def last(self, memory: PyTree[Array]) -> Framed | None:
+        """Statistics for an M-step that ends the fit; None: it ends where its last step led."""
+        return None
 
 
 class Full(AbstractAccumulation):
@@ -69,7 +73,7 @@ class Full(AbstractAccumulation):
         return None, *evaluate(data, weights, key)
 
     def select(self, memory, data, weights, step, key):
-        return data, weights
+        return data, weights, 1
 
     def __call__(self, memory, new, objective, step):
         return memory, new, objective
@@ -86,80 +90,104 @@ class Running(AbstractAccumulation):
     exact pass for its objective; its history holds running averages.
 
     **Arguments:** `rate`, a schedule whose γₜ obey Robbins & Monro; `population`, the total weight
-    that each batch stands for, default: its own (right for batches of one size).
+    that each batch stands for, default: its own (right for batches of one size); `average_from`,
+    a step: the fit ends with an M-step at the mean of s from there on (Polyak averaging), which
+    is worth most where the rate falls slowly.
 
-    **Raises:** `ValueError` for other rates.
+    **Raises:** `ValueError` for other rates, or a step below 1.
 
-    Cappé & Moulines (2009), JRSS B 71; Delyon, Lavielle & Moulines (1999), Ann. Stat. 27.
+    Cappé & Moulines (2009), JRSS B 71; Delyon, Lavielle & Moulines (1999), Ann. Stat. 27;
+    Polyak & Juditsky (1992), SIAM J. Control Optim. 30.
     """
 
     ascends: ClassVar[bool] = False
     exact: ClassVar[bool] = False
     rate: AbstractSchedule = Power(0.6)
     population: float | None = eqx.field(static=True, default=None)
+    average_from: int | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
-        _check_rate(self.rate)
+        _check_online(self.rate, self.average_from)
 
     def init(self, evaluate, data, weights, key):
-        data, weights = self.select(None, data, weights, jnp.zeros((), jnp.int32), None)
-        return _remembered(*evaluate(data, weights, key))
+        _, _, times = self.select(None, data, weights, jnp.zeros((), jnp.int32), None)
+        return _remembered(*scaled(times, *evaluate(data, weights, key)), self.average_from)
 
     def select(self, memory, data, weights, step, key):
         if self.population is None:
-            return data, weights
-        share = self.population / total_weight(data, weights)
-        ones = jnp.ones(num_units(data)) if weights is None else weights
-        return data, share * ones
+            return data, weights, 1
+        return data, weights, self.population / total_weight(data, weights)
 
     def __call__(self, memory, new, objective, step):
-        return _averaged(memory, new, objective, self.rate(step))
+        return _averaged(memory, new, objective, step, self.rate(step), self.average_from)
 
     def settles(self, step):
         return False
 
+    def last(self, memory):
+        return memory[2]
+
 
 class Minibatch(AbstractAccumulation):
-    """Online EM on batches drawn at random, with replacement, from data in memory.
+    """Online EM on batches drawn at random from data in memory.
 
-    As `Running`, each batch standing for all the data. Needs the `key` of `fit`.
+    As `Running`, each batch standing for all the data. It holds one unit of each of `size`
+    stretches of neighbours, so that data in any order, sorted too, are well represented. Needs
+    the `key` of `fit`.
 
-    **Arguments:** `size`, units in a batch; `rate`, a schedule whose γₜ obey Robbins & Monro.
+    **Arguments:** `size`, units in a batch; `rate`, a schedule whose γₜ obey Robbins & Monro;
+    `average_from`, as in `Running`.
 
-    **Raises:** `ValueError` for other rates, or a size below 1.
+    **Raises:** `ValueError` for other rates, or a size below 1 or above the number of units.
 
-    Cappé & Moulines (2009), JRSS B 71.
+    Cappé & Moulines (2009), JRSS B 71; on stratified draws, Cochran (1977), *Sampling
+    Techniques*, 5.
     """
 
     ascends: ClassVar[bool] = False
     exact: ClassVar[bool] = False
     size: int = eqx.field(static=True)
     rate: AbstractSchedule = Power(0.6)
+    average_from: int | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
-        _check_rate(self.rate)
+        _check_online(self.rate, self.average_from)
         if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
             raise ValueError(f"a batch needs one unit or more, got size={self.size!r}.")
 
     def init(self, evaluate, data, weights, key):
         select_key, key = (None, None) if key is None else jax.random.split(key)
         start = jnp.zeros((), jnp.int32)
-        return _remembered(*evaluate(*self.select(None, data, weights, start, select_key), key))
+        data, weights, times = self.select(None, data, weights, start, select_key)
+        return _remembered(*scaled(times, *evaluate(data, weights, key)), self.average_from)
 
     def select(self, memory, data, weights, step, key):
         if key is None:
             raise ValueError("Minibatch draws units at random: give fit (or init and step) a key.")
-        n = num_units(data)
-        chosen = jax.random.randint(key, (self.size,), 0, n)
-        take = lambda leaf: jnp.take(leaf, chosen, axis=0)  # noqa: E731
-        ones = jnp.ones(self.size) if weights is None else take(weights)
-        return jax.tree.map(take, data), (n / self.size) * ones
+        n, size = num_units(data), self.size
+        if size > n:
+            raise ValueError(f"a batch of {size} units cannot be drawn from {n}.")
+        # A unit of each stretch. They begin at a random unit, so that all units are as probable,
+        # and follow one another, so that memory is read in its order.
+        begin_key, within_key = jax.random.split(key)
+        shortest, longer = divmod(n, size)
+        stretch = jnp.arange(size)
+        bits = jax.random.bits(within_key, (size,))
+        within = bits % (shortest + (stretch < longer)).astype(bits.dtype)
+        chosen = stretch * shortest + jnp.minimum(stretch, longer) + within.astype(int)
+        chosen += jax.random.randint(begin_key, (), 0, n)
+        chosen = jnp.where(chosen < n, chosen, chosen - n)
+        take = lambda leaf: leaf.at[chosen].get(mode="promise_in_bounds")  # noqa: E731
+        return jax.tree.map(take, data), None if weights is None else take(weights), n / size
 
     def __call__(self, memory, new, objective, step):
-        return _averaged(memory, new, objective, self.rate(step))
+        return _averaged(memory, new, objective, step, self.rate(step), self.average_from)
 
     def settles(self, step):
         return False
+
+    def last(self, memory):
+        return memory[2]
 
 
 class Incremental(AbstractAccumulation):
@@ -208,7 +236,7 @@ class Incremental(AbstractAccumulation):
         return part, jnp.where(start + jnp.arange(size) >= index * size, w, 0)
 
     def select(self, memory, data, weights, step, key):
-        return self._block(data, weights, step % self.num_blocks)
+        return *self._block(data, weights, step % self.num_blocks), 1
 
     def __call__(self, memory, new, objective, step):
         old, objectives = memory
@@ -225,20 +253,36 @@ class Incremental(AbstractAccumulation):
         return step >= self.num_blocks
 
 
-def _check_rate(rate: Any) -> None:
+def _check_online(rate: Any, average_from: Any) -> None:
     if not (isinstance(rate, Power) and 0.5 < rate.exponent <= 1):
         raise ValueError(
             f"learning rates must obey Robbins and Monro, Σ γ = ∞ and Σ γ² < ∞, or the average "
             f"never comes to rest; take Power(exponent) with ½ < exponent ≤ 1, got {rate!r}."
         )
+    if average_from is None:
+        return
+    if isinstance(average_from, bool) or not isinstance(average_from, int) or average_from < 1:
+        raise ValueError(f"average_from is the number of a step, 1 or more, got {average_from!r}.")
 
 
-def _remembered(new: Framed, objective: Array) -> Any:
-    return (new, objective), new, objective
+def scaled(times: Any, new: Framed, objective: Array) -> tuple[Framed, Array]:
+    """Statistics and objective of units that stand for so many times as much."""
+    times = jnp.asarray(times, objective.dtype)
+    return times * new, times * objective
 
 
-def _averaged(memory: Any, new: Framed, objective: Array, rate: Array) -> Any:
-    old, old_objective = memory
+def _remembered(new: Framed, objective: Array, average_from: int | None) -> Any:
+    return (new, objective, None if average_from is None else new), new, objective
+
+
+def _averaged(
+    memory: Any, new: Framed, objective: Array, step: Array, rate: Array, average_from: int | None
+) -> Any:
+    old, old_objective, mean = memory
     rate = rate.astype(objective.dtype)
-    average = rate * new + (1 - rate) * old
-    return _remembered(average, rate * objective + (1 - rate) * old_objective)
+    running = rate * new + (1 - rate) * old
+    objective = rate * objective + (1 - rate) * old_objective
+    if average_from is not None:
+        share = 1 / jnp.maximum(step - average_from + 1, 1).astype(objective.dtype)
+        mean = share * running + (1 - share) * mean
+    return (running, objective, mean), running, objective

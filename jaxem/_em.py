@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from jaxem._accumulation import AbstractAccumulation, Full
+from jaxem._accumulation import AbstractAccumulation, Full, scaled
 from jaxem._guard import is_local, no_worse
 from jaxem._hold import with_held
 from jaxem._model import AbstractModel
@@ -122,6 +122,18 @@ class AbstractAlgorithm(eqx.Module):
     ) -> State:
         """An M-step, then an E-step: nothing in the new state is one step behind."""
 
+    @abc.abstractmethod
+    def finish(
+        self,
+        state: State,
+        data: PyTree[Array],
+        *,
+        weights: Float[Array, " n"] | None = None,
+        prior: Framed | None = None,
+        key: Array | None = None,
+    ) -> Any:
+        """The model that a fit returns after its last step: the state's, or one of averages."""
+
 
 class EM(AbstractAlgorithm):
     """Expectation–maximisation.
@@ -190,6 +202,13 @@ class EM(AbstractAlgorithm):
             return no_worse(expect, state, expect(model), prior, total_weight(data, weights))
         return expect(model)
 
+    def finish(self, state, data, *, weights=None, prior=None, key=None):
+        last = self.accumulation.last(state.accumulation)
+        if last is None:
+            return state.model
+        state = eqx.tree_at(lambda s: s.statistics, state, last)
+        return self.maximize(state, data, weights=weights, prior=prior, key=key)[0]
+
     def maximize(
         self,
         state: State,
@@ -200,10 +219,10 @@ class EM(AbstractAlgorithm):
         key: Array | None = None,
     ) -> tuple[AbstractModel, PyTree[Array]]:
         """The M-step alone: the next model, and what the maximization remembers."""
-        batch, batch_weights, step, key = self._batch(state, data, weights, key)
+        _, e_step = self._batch(state, data, weights, key)
 
         def evaluate(model: AbstractModel) -> tuple[Framed, Float[Array, ""]]:
-            new, log_likelihood = self.expectation(model, batch, batch_weights, step, key)
+            new, log_likelihood = e_step(model)
             return new, log_likelihood + _log_prior(model, prior)
 
         statistics = state.statistics if prior is None else state.statistics + prior
@@ -221,19 +240,26 @@ class EM(AbstractAlgorithm):
         key: Array | None = None,
     ) -> State:
         """The E-step alone: the state that follows `state` with this model."""
-        batch, batch_weights, step, key = self._batch(state, data, weights, key)
-        new, log_likelihood = self.expectation(model, batch, batch_weights, step, key)
+        step, e_step = self._batch(state, data, weights, key)
+        new, log_likelihood = e_step(model)
         memory, statistics, log_likelihood = self.accumulation(
             state.accumulation, new, log_likelihood, step
         )
         objective = log_likelihood + _log_prior(statistics.frame, prior)
         return State(statistics, log_likelihood, objective, step, memory, state.maximization)
 
-    def _batch(self, state: State, data: Any, weights: Any, key: Any) -> tuple[Any, ...]:
+    def _batch(self, state: State, data: Any, weights: Any, key: Any) -> tuple[Any, Any]:
+        """The number of the step that follows, and the E-step on its units."""
         select_key, key = (None, None) if key is None else jax.random.split(key)
         step = state.step + 1
-        selected = self.accumulation.select(state.accumulation, data, weights, step, select_key)
-        return *selected, step, key
+        data, weights, times = self.accumulation.select(
+            state.accumulation, data, weights, step, select_key
+        )
+
+        def e_step(model: AbstractModel) -> tuple[Framed, Float[Array, ""]]:
+            return scaled(times, *self.expectation(model, data, weights, step, key))
+
+        return step, e_step
 
 
 def _log_prior(model: Any, prior: Framed | None) -> Float[Array, ""] | float:

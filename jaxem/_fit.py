@@ -263,7 +263,8 @@ def _fit(
     _, data, weights, prior, *_ = inputs
     state = final.state
     statistics, log_likelihood, objective = state.statistics, state.log_likelihood, state.objective
-    model = state.model
+    key = inputs.key_at(state.step + 1)
+    model = algorithm.finish(state, data, weights=weights, prior=prior, key=key)
     if not (algorithm.exact and algorithm.ascends):
         statistics, log_likelihood = model.e_step(data, weights, posterior=Exact())
         objective = (

@@ -235,6 +235,54 @@ def test_online_em_over_batches_of_a_stream_stands_for_its_population():
     assert jnp.mean(state.model.log_prob(draws)) > full.objective / 3000 - 0.01
 
 
+@pytest.mark.parametrize("size", [1, 3, 7])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_batch_stands_for_all_the_data_whatever_its_size(size, weighted):
+    """Unit i is drawn with its weight on average: within 6 standard errors of 20,000 batches."""
+    n, repeats = 7, 20_000
+    x, w = jnp.arange(n), jnp.linspace(0.5, 2.0, n) if weighted else None
+
+    def weight_of_each(key):
+        chosen, weight, times = Minibatch(size).select(None, x, w, 0, key)
+        return jnp.zeros(n).at[chosen].add(times * (1 if weight is None else weight))
+
+    drawn = jax.vmap(weight_of_each)(jax.random.split(KEY, repeats))
+    expected = jnp.ones(n) if w is None else w
+    error = drawn.std(axis=0) / repeats**0.5
+    assert jnp.all(jnp.abs(drawn.mean(axis=0) - expected) <= 6 * error)
+    if not weighted:
+        np.testing.assert_allclose(drawn.sum(axis=1), n)
+    if size == n:
+        np.testing.assert_array_equal(drawn, jnp.broadcast_to(expected, (repeats, n)))
+
+
+@pytest.mark.parametrize(
+    "accumulation", [Running, lambda **options: Minibatch(20, **options)], ids=["running", "batch"]
+)
+def test_polyak_averaging_ends_at_the_mean_of_the_running_statistics(accumulation):
+    case = CASES["poisson"]()
+    averaging, steps, first = accumulation(average_from=4), 9, 4
+    prior = case.model.prior(2.0, case.prior)
+    algorithm, plain = EM(Sampled(), averaging), EM(Sampled(), accumulation())
+    options = {"prior": prior, "key": KEY, "max_steps": steps}
+    found = jaxem.fit(case.model, case.data, algorithm, **options)
+    same = jaxem.fit(case.model, case.data, plain, **options)
+    np.testing.assert_allclose(found.history, same.history, rtol=1e-12)
+
+    state, kept = plain.init(case.model, case.data, key=jax.random.fold_in(KEY, 0)), []
+    for step in range(1, steps + 1):
+        key = jax.random.fold_in(KEY, step)
+        state = plain.step(state, case.data, prior=prior, key=key)
+        kept.append(state.statistics)
+    last = kept[first - 1]
+    for other in kept[first:]:
+        last = last + other
+    mean = (1 / (steps - first + 1)) * last
+    expected = case.model.m_step(mean + prior)
+    for a, b in zip(*map(jax.tree.leaves, (found.model, expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9)
+
+
 def test_incremental_em_beats_em_in_passes():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(600, 2)) + 2.0 * rng.integers(0, 2, (600, 1)))
@@ -252,6 +300,8 @@ REFUSED = {
     "a rate that falls too fast": (lambda: Running(Power(1.5)), "Robbins and Monro"),
     "a rate in words": (lambda: Running("fast"), "Robbins and Monro"),
     "an empty batch": (lambda: Minibatch(0), "one unit or more"),
+    "an average from no step": (lambda: Running(average_from=0), "number of a step"),
+    "an average from a share": (lambda: Minibatch(8, average_from=0.5), "number of a step"),
     "no block": (lambda: Incremental(0), "one block or more"),
     "no draw": (lambda: Sampled(0), "draws ≥ 1"),
     "a schedule that leads away": (lambda: Geometric(3.0, 1.1), "never reaches"),
@@ -279,6 +329,11 @@ def test_nonsense_is_refused_when_it_is_made(name):
 
 REFUSED_BY_FIT = {
     "batches without a key": (EM(accumulation=Minibatch(8)), {}, "a key"),
+    "a batch of more than all": (
+        EM(accumulation=Minibatch(1000)),
+        {"key": KEY},
+        "batch of 1000 units cannot be drawn",
+    ),
     "draws without a key": (EM(Sampled()), {}, "a key"),
     "more blocks than units": (EM(accumulation=Incremental(1000)), {}, "cannot make 1000 blocks"),
     "a parameter that is none": (
