@@ -117,34 +117,50 @@ PROBLEMS = {
 }
 
 
-def ascent(count: int = 1_000) -> None:
-    """Falls of the objective, and where accelerated fits end, over random problems in float64."""
+def ascent(count: int = 1_000, at_once: int = 50) -> None:
+    """Falls of the objective, and where accelerated fits end, over random problems in float64.
+
+    An accelerated fit that ends below EM's is taken on by EM. If that brings it to EM's end, it
+    had stopped early; if not, its extrapolations had crossed to a lower maximum, as others cross
+    to a higher one.
+    """
+
+    @eqx.filter_jit
+    def run(models: Any, x: Any, algorithm: Any, max_steps: int) -> jaxem.Solution:
+        options: Any = dict(max_steps=max_steps, throw=False)
+        fit = lambda pair: jaxem.fit(*pair, algorithm, **options)  # noqa: E731
+        return jax.lax.map(fit, (models, x), batch_size=at_once)
+
     with jax.enable_x64(True):
         for name, problem in PROBLEMS.items():
             rng = np.random.default_rng(0)
             pairs = [jax.tree.map(jnp.asarray, problem(rng)) for _ in range(count)]
             models, x = jax.tree.map(lambda *leaves: jnp.stack(leaves), *pairs)
+            units = jax.tree.leaves(x)[0].shape[1]
             rows: dict[str, Any] = {}
             ends: dict[str, np.ndarray] = {}
             for label, wrap in MONOTONE.items():
-                options: Any = dict(max_steps=3_000 if label == "EM" else 1_000, throw=False)
-                algorithm = wrap(jaxem.EM())
-                run = eqx.filter_jit(
-                    lambda m, x, a=algorithm, o=options: jax.lax.map(
-                        lambda pair: jaxem.fit(*pair, a, **o), (m, x), batch_size=50
-                    )
-                )
-                solution = run(models, x)
+                solution = run(models, x, wrap(jaxem.EM()), 3_000 if label == "EM" else 1_000)
                 history = np.asarray(solution.history)
                 falls = -np.diff(history, axis=1) / np.abs(history[:, :-1])
-                ends[label] = np.asarray(solution.objective) / 100
+                ends[label] = np.asarray(solution.objective) / units
                 lower = ends["EM"] - ends[label]
-                below, above = np.mean(lower > 1e-6), np.mean(lower < -1e-6)
+                below, early = np.flatnonzero(lower > 1e-6), 0
+                if below.size:
+                    padded = np.resize(below, -(-below.size // at_once) * at_once)
+                    onward = jax.tree.map(lambda leaf, at=padded: leaf[at], (solution.model, x))
+                    further = run(*onward, jaxem.EM(), 3_000).objective[: below.size] / units
+                    early = int(np.sum(ends["EM"][below] - further <= 1e-6))
                 rows[label] = (
-                    f"largest fall {max(np.nanmax(falls), 0):.1e} of the objective; more than 1e-6 "
-                    f"per unit below EM's end {below:.1%}, above it {above:.1%}; "
+                    f"largest fall {max(np.nanmax(falls), 0):.1e} of the objective; "
                     f"median {np.median(solution.num_steps):.0f} steps"
                 )
+                if label != "EM":
+                    rows[label] += (
+                        f"; more than 1e-6 per unit below EM's end {below.size / count:.1%} "
+                        f"({(below.size - early) / count:.1%} at a lower maximum, "
+                        f"{early / count:.1%} stopped early), above it {np.mean(lower < -1e-6):.1%}"
+                    )
             record("ascent", f"{count} problems, {name}, float64", rows)
 
 
@@ -166,14 +182,14 @@ def slow_problems() -> dict[str, tuple[Any, Any, Any]]:
         [0.5, 0.5], jaxem.Bernoulli(np.stack([np.full(6, 0.3), np.full(6, 0.7)]))
     )
     near = jaxem.HMM([0.5, 0.5], [[0.8, 0.2], [0.2, 0.8]], jaxem.Poisson([[3.0], [4.0]]))
-    chain, _ = near.sample(jax.random.key(0), 4, 500)
+    chain, _ = near.sample(jax.random.key(0), 20, 100)
     start = jaxem.HMM([0.5, 0.5], [[0.6, 0.4], [0.4, 0.6]], jaxem.Poisson([[2.0], [6.0]]))
     words = jaxem.HMM(
         [0.5, 0.5],
         [[0.7, 0.3], [0.3, 0.7]],
         jaxem.Categorical([[[0.4, 0.3, 0.3]], [[0.3, 0.3, 0.4]]]),
     )
-    text, _ = words.sample(jax.random.key(1), 4, 500)
+    text, _ = words.sample(jax.random.key(1), 20, 100)
     guess = jaxem.HMM(
         [0.5, 0.5],
         [[0.6, 0.4], [0.4, 0.6]],

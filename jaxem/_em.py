@@ -78,7 +78,7 @@ class State(eqx.Module):
 
 
 class AbstractAlgorithm(eqx.Module):
-    """A pure pair `init`, `step`; the loop is left to `fit`, or to whoever wants one."""
+    """Pure `init`, `step` and `finish`; the loop is left to `fit`, or to whoever wants one."""
 
     @property
     @abc.abstractmethod
