@@ -19,6 +19,7 @@ from jaxtyping import Array, PyTree
 
 from jaxem import _linalg as la
 from jaxem._em import EM, AbstractAlgorithm, State
+from jaxem._emission import float_dtype
 from jaxem._hold import estimates, free_numbers
 from jaxem._posterior import Annealed
 
@@ -44,8 +45,7 @@ class _Accelerated(AbstractAlgorithm):
 
     def init(self, model, data, *, weights=None, prior=None, key=None):
         state = self.em.init(model, data, weights=weights, prior=prior, key=key)
-        size = free_numbers(model)[0]
-        return _with_memory(state, (state.maximization, self._start(size)))
+        return _with_memory(state, (state.maximization, self._start(model)))
 
     def step(self, state, data, *, weights=None, prior=None, key=None):
         inner, own = state.maximization
@@ -58,7 +58,7 @@ class _Accelerated(AbstractAlgorithm):
         return state.model
 
     @abc.abstractmethod
-    def _start(self, numbers: Array) -> PyTree[Array]:
+    def _start(self, model: Any) -> PyTree[Array]:
         """What is remembered before the first step."""
 
     @abc.abstractmethod
@@ -102,6 +102,11 @@ def _within_bounds(model: Any) -> Any:
     )
 
 
+def _natural(model: Any) -> Array:
+    """What the M-step estimates, in natural parameters."""
+    return ravel_pytree(estimates(model))[0]
+
+
 class SQUAREM(_Accelerated):
     """Squared extrapolation: θ − 2 α r + α² v, from two EM steps r and r + v.
 
@@ -121,8 +126,8 @@ class SQUAREM(_Accelerated):
     def __check_init__(self):
         _check_em(self.em, "SQUAREM")
 
-    def _start(self, numbers):
-        return jnp.ones((), numbers.dtype)  # the longest step that is tried now
+    def _start(self, model):
+        return jnp.ones((), float_dtype(model))  # the longest step that is tried now
 
     def _step(self, state, own, data, given):
         em, longest = self.em, own
@@ -131,7 +136,7 @@ class SQUAREM(_Accelerated):
         second_model, _ = em.maximize(first, data, **given)
         # Lengths in natural parameters: a probability that vanishes stands still there, while
         # its logarithm runs away.
-        points = [ravel_pytree(estimates(m))[0] for m in (state.model, first.model, second_model)]
+        points = [_natural(m) for m in (state.model, first.model, second_model)]
         bend = jnp.linalg.norm(points[2] - 2 * points[1] + points[0])
         size = jnp.linalg.norm(points[1] - points[0])
         length = jnp.clip(jnp.where(bend > 0, size / jnp.where(bend > 0, bend, 1), 1), 1, longest)
@@ -170,8 +175,8 @@ class Overrelaxed(_Accelerated):
         if not self.growth > 1:
             raise ValueError(f"the factor of Overrelaxed must grow, got growth={self.growth}.")
 
-    def _start(self, numbers):
-        return jnp.ones((), numbers.dtype)
+    def _start(self, model):
+        return jnp.ones((), float_dtype(model))
 
     def _step(self, state, own, data, given):
         start, rebuild = free_numbers(state.model)
@@ -207,50 +212,66 @@ class Anderson(_Accelerated):
         if isinstance(self.order, bool) or self.order < 1:
             raise ValueError(f"Anderson remembers one step or more, got order={self.order}.")
 
-    def _start(self, numbers):
-        nothing = jnp.zeros((min(self.order, numbers.size), numbers.size), numbers.dtype)
+    def _start(self, model):
+        numbers, natural = free_numbers(model)[0], _natural(model)
+        rows = min(self.order, numbers.size)
         count = jnp.zeros((), jnp.int32)
-        lost = jnp.zeros_like(numbers)
-        return _Memory(nothing, nothing, lost, lost, count, count)
+        return _Memory(
+            images=jnp.zeros((rows, numbers.size), numbers.dtype),
+            residuals=jnp.zeros((rows, natural.size), natural.dtype),
+            image=jnp.zeros_like(numbers),
+            residual=jnp.zeros_like(natural),
+            count=count,
+            trust=count,
+        )
 
     def _step(self, state, own, data, given):
         em = self.em
-        start, rebuild = free_numbers(state.model)
+        _, rebuild = free_numbers(state.model)
         model, memory = em.maximize(state, data, **given)
-        residual = ravel_pytree(model)[0] - start
-        own = own.remember(start, residual)
-        step = residual - own.correction(residual)
-        after = _with_memory(state, memory)
-        bold = em.expect(_within_bounds(rebuild(start + step)), after, data, **given)
+        image, now = ravel_pytree(model)[0], _natural(state.model)
+        residual = _natural(model) - now
+        own = own.remember(image, residual)
+        proposed = _within_bounds(rebuild(image - own.correction(residual)))
+        # EM's steps are too short, never too long: what is shorter still is rounding, and would
+        # be taken for convergence.
+        longer = jnp.linalg.norm(_natural(proposed) - now) >= jnp.linalg.norm(residual)
+        proposed = jax.tree.map(lambda a, b: jnp.where(longer, a, b), proposed, model)
+        bold = em.expect(proposed, _with_memory(state, memory), data, **given)
         good = _is_as_good(bold, state)
         new = lax.cond(good, lambda: bold, lambda: em.step(state, data, **given))
         return new, own.judged(good)
 
 
 class _Memory(eqx.Module):
-    """Differences of points and of residuals since the last restart, and how bold to be."""
+    """Differences since the last restart, of EM's images and of residuals, and how bold to be.
 
-    points: Array  # (m, p), rows used from the first on
-    residuals: Array  # (m, p)
-    point: Array  # the last ones, (p,)
-    residual: Array
+    Images are in leaf space. Residuals are in natural parameters: the logarithm of a probability
+    that vanishes runs away, and would outweigh all others.
+    """
+
+    images: Array  # (m, p), rows used from the first on
+    residuals: Array  # (m, q)
+    image: Array  # the last ones, (p,)
+    residual: Array  # (q,)
     count: Array  # points seen since the restart
     trust: Array  # steps accepted, less what failures cost
 
-    def remember(self, point: Array, residual: Array) -> _Memory:
-        fresh = self.emptied(self.count > len(self.points))
+    def remember(self, image: Array, residual: Array) -> _Memory:
+        fresh = self.emptied(self.count > len(self.images))
         seen, place = fresh.count > 0, jnp.maximum(fresh.count - 1, 0)
-        points = jnp.where(seen, fresh.points.at[place].set(point - self.point), fresh.points)
+        moved = fresh.images.at[place].set(image - self.image)
+        images = jnp.where(seen, moved, fresh.images)
         moved = fresh.residuals.at[place].set(residual - self.residual)
         residuals = jnp.where(seen, moved, fresh.residuals)
-        return _Memory(points, residuals, point, residual, fresh.count + 1, self.trust)
+        return _Memory(images, residuals, image, residual, fresh.count + 1, self.trust)
 
     def emptied(self, now: Array) -> _Memory:
         zero = lambda leaf: jnp.where(now, jnp.zeros_like(leaf), leaf)  # noqa: E731
-        return eqx.tree_at(lambda m: (m.points, m.residuals, m.count), self, replace_fn=zero)
+        return eqx.tree_at(lambda m: (m.images, m.residuals, m.count), self, replace_fn=zero)
 
     def correction(self, residual: Array) -> Array:
-        """(ΔX + ΔF) γ, with γ the damped least-squares solution of ΔF γ = f."""
+        """ΔG γ, with γ the damped least-squares solution of ΔF γ = f."""
         rows = self.residuals
         gram, aim = la.matmul(rows, rows.T), la.apply(rows, residual)
         eps = float(jnp.finfo(gram.dtype).eps)
@@ -278,9 +299,9 @@ class _Memory(eqx.Module):
         top, span = jnp.log(size), -math.log(eps)
         low, high = lax.fori_loop(0, 40, halve, (top - 2 * span, top + span))
         gamma = solution(jnp.exp(0.5 * (low + high)))
-        return la.matmul(gamma, self.points + self.residuals)
+        return la.matmul(gamma, self.images)
 
     def judged(self, good: Array) -> _Memory:
         """Bolder after a step that was accepted; a failure empties the memory."""
-        trust = jnp.where(good, self.trust + 1, jnp.maximum(self.trust - len(self.points), -50))
+        trust = jnp.where(good, self.trust + 1, jnp.maximum(self.trust - len(self.images), -50))
         return eqx.tree_at(lambda m: m.trust, self, trust).emptied(~good)
