@@ -222,7 +222,7 @@ class Anderson(_Accelerated):
             image=jnp.zeros_like(numbers),
             residual=jnp.zeros_like(natural),
             count=count,
-            trust=count,
+            accepted=count,
         )
 
     def _step(self, state, own, data, given):
@@ -240,11 +240,11 @@ class Anderson(_Accelerated):
         bold = em.expect(proposed, _with_memory(state, memory), data, **given)
         good = _is_as_good(bold, state)
         new = lax.cond(good, lambda: bold, lambda: em.step(state, data, **given))
-        return new, own.judged(good)
+        return new, eqx.tree_at(lambda m: m.accepted, own, own.accepted + good)
 
 
 class _Memory(eqx.Module):
-    """Differences since the last restart, of EM's images and of residuals, and how bold to be.
+    """Differences since the last restart, of EM's images and of residuals; how bold to be.
 
     Images are in leaf space. Residuals are in natural parameters: the logarithm of a probability
     that vanishes runs away, and would outweigh all others.
@@ -255,7 +255,7 @@ class _Memory(eqx.Module):
     image: Array  # the last ones, (p,)
     residual: Array  # (q,)
     count: Array  # points seen since the restart
-    trust: Array  # steps accepted, less what failures cost
+    accepted: Array  # all steps that were
 
     def remember(self, image: Array, residual: Array) -> _Memory:
         fresh = self.emptied(self.count > len(self.images))
@@ -264,7 +264,7 @@ class _Memory(eqx.Module):
         images = jnp.where(seen, moved, fresh.images)
         moved = fresh.residuals.at[place].set(residual - self.residual)
         residuals = jnp.where(seen, moved, fresh.residuals)
-        return _Memory(images, residuals, image, residual, fresh.count + 1, self.trust)
+        return _Memory(images, residuals, image, residual, fresh.count + 1, self.accepted)
 
     def emptied(self, now: Array) -> _Memory:
         zero = lambda leaf: jnp.where(now, jnp.zeros_like(leaf), leaf)  # noqa: E731
@@ -286,8 +286,9 @@ class _Memory(eqx.Module):
             inverse = la.inverse_of_lower(la.cholesky(damped))
             return la.apply(inverse.T, la.apply(inverse, aim))
 
-        # ‖γ‖² is a share of its undamped value, found by bisection of the ridge
-        share = 1 / (1 + 1.2 ** (25.0 - self.trust))
+        # ‖γ‖² is a share of its undamped value, which grows with the steps accepted; the ridge is
+        # found by bisection.
+        share = 1 / (1 + 1.2 ** (25.0 - self.accepted))
         target = share * jnp.sum(solution(jnp.zeros_like(size)) ** 2)
 
         def halve(_: Any, ends: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -300,8 +301,3 @@ class _Memory(eqx.Module):
         low, high = lax.fori_loop(0, 40, halve, (top - 2 * span, top + span))
         gamma = solution(jnp.exp(0.5 * (low + high)))
         return la.matmul(gamma, self.images)
-
-    def judged(self, good: Array) -> _Memory:
-        """Bolder after a step that was accepted; a failure empties the memory."""
-        trust = jnp.where(good, self.trust + 1, jnp.maximum(self.trust - len(self.images), -50))
-        return eqx.tree_at(lambda m: m.trust, self, trust).emptied(~good)

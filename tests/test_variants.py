@@ -168,6 +168,21 @@ def test_accelerators_need_far_fewer_e_steps_on_a_slow_problem():
         np.testing.assert_allclose(fast.objective, plain.objective, atol=1e-7)
 
 
+def test_accelerators_do_not_stall_where_a_logarithm_runs_away():
+    """One sequence starts in one state: the logarithm of the other's probability falls forever."""
+    truth = jaxem.HMM([1.0, 0.0], [[0.8, 0.2], [0.2, 0.8]], jaxem.Poisson([[3.0], [4.0]]))
+    x, _ = truth.sample(KEY, 1, 1000)
+    start = jaxem.HMM([0.5, 0.5], [[0.6, 0.4], [0.4, 0.6]], jaxem.Poisson([[2.0], [6.0]]))
+    plain = jaxem.fit(start, x, max_steps=20_000)
+    assert plain.result == jaxem.RESULTS.converged
+    assert jnp.min(plain.model.initial) < 1e-9
+    for algorithm, cost in ((SQUAREM(), 4), (Anderson(), 2)):
+        fast = jaxem.fit(start, x, algorithm, max_steps=20_000)
+        assert fast.result == jaxem.RESULTS.converged
+        assert 3 * cost * int(fast.num_steps) < int(plain.num_steps)
+        assert fast.objective > plain.objective - 1e-6
+
+
 def test_accelerators_keep_what_is_held_and_take_priors():
     case = CASES["gaussian"]()
     prior = case.model.prior(2.0, case.prior)
