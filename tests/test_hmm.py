@@ -11,6 +11,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from models import CASES, HMMS, LENGTHS, MEAN, OBSERVED, SEQUENCES, STAGES, STAY
+from test_adjoints import agree, gradient_and_difference
 
 import jaxem
 from jaxem import HMM, RESULTS, Sequences, Transition
@@ -665,32 +666,22 @@ def perturbed_fit(name, t, adjoint, **options):
     return jnp.sum(jnp.sin(solution.model.log_prob(data))) + spread + 0.1 * solution.objective
 
 
-def central(function, size=3, h=1e-5):
-    return np.array([(function(h * e) - function(-h * e)) / (2 * h) for e in np.eye(size)])
-
-
-def agree(slope, difference):
-    np.testing.assert_allclose(slope, difference, rtol=0, atol=1e-6 * np.max(np.abs(difference)))
-
-
 @pytest.mark.parametrize("name", ["hmm-gaussian", "hmm-stationary", "hmm-logistic-transition"])
 def test_implicit_gradients(name):
     def value(t):
         return perturbed_fit(name, t, jaxem.Implicit(), tol=1e-13, max_steps=20_000)
 
-    both = jax.jit(jax.value_and_grad(value))
-    agree(both(jnp.zeros(3))[1], central(lambda t: both(t)[0]))
+    agree(*gradient_and_difference(value), 1e-6)
 
 
 def test_gradients_through_the_steps():
     def value(t, adjoint):
         return perturbed_fit("hmm-left-to-right", t, adjoint, tol=0.0, max_steps=3)
 
-    both = jax.jit(jax.value_and_grad(lambda t: value(t, jaxem.Unrolled())))
-    difference = central(lambda t: both(t)[0])
-    agree(both(jnp.zeros(3))[1], difference)
+    backwards, difference = gradient_and_difference(lambda t: value(t, jaxem.Unrolled()))
+    agree(backwards, difference, 1e-6)
     forwards = jax.jit(jax.jacfwd(lambda t: value(t, jaxem.Forward())))
-    agree(forwards(jnp.zeros(3)), difference)
+    agree(forwards(jnp.zeros(3)), difference, 1e-6)
 
 
 @pytest.mark.parametrize("name", HMMS)
