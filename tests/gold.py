@@ -9,6 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import jaxem
+
 HERE = pathlib.Path(__file__).parent / "data"
 SHARED = HERE.parents[2] / "shared" / "gold"  # data that may not be redistributed
 
@@ -21,7 +23,7 @@ CASES = _read("gold")
 REGRESSIONS = _read("gold_regression")
 ROBUST = _read("gold_robust")
 CHAINS = _read("gold_hmm")
-_ALL = CASES | REGRESSIONS | ROBUST | CHAINS
+ALL = CASES | REGRESSIONS | ROBUST | CHAINS
 
 
 @functools.cache
@@ -35,18 +37,18 @@ def table(name: str) -> pd.DataFrame:
 
 
 def expected(case: str, key: str):
-    return _ALL[case]["expected"][key]["value"]
+    return ALL[case]["expected"][key]["value"]
 
 
 def tolerance(case: str) -> float:
     """The tightest tolerance of any number that only a converged fit reaches."""
-    entries = _ALL[case]["expected"].values()
+    entries = ALL[case]["expected"].values()
     return min(e["atol"] for e in entries if e["kind"] in ("mle", "exact") and e.get("atol"))
 
 
 def match(case: str, key: str, value) -> None:
     """Asserts |value − expected| ≤ atol + rtol·|expected|."""
-    entry = _ALL[case]["expected"][key]
+    entry = ALL[case]["expected"][key]
     pairs = [(value, entry["value"])]
     if isinstance(entry["value"], dict):
         assert value.keys() == entry["value"].keys()
@@ -56,3 +58,18 @@ def match(case: str, key: str, value) -> None:
         np.testing.assert_allclose(
             ours, theirs, entry.get("rtol", 0), entry.get("atol", 0), err_msg=f"{case}: {key}"
         )
+
+
+def match_all(case: str, numbers: dict[str, Any], besides: tuple[str, ...] = ()) -> None:
+    """Asserts that numbers are all that is expected of the case, besides those named."""
+    assert numbers.keys() == ALL[case]["expected"].keys() - set(besides)
+    for key, value in numbers.items():
+        match(case, key, value)
+
+
+def solve(case: str, model: Any, data: Any, tol: float = 1e-13, **options: Any) -> jaxem.Solution:
+    """A fit whose estimated error, not its last step, is below the tolerance of the case."""
+    solution = jaxem.fit(model, data, tol=tol, **{"max_steps": 20_000} | options)
+    assert solution.result == jaxem.RESULTS.converged
+    assert solution.error < tolerance(case)
+    return solution

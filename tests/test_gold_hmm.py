@@ -1,13 +1,11 @@
 """Hidden Markov models against published values and what reference programs gave when run."""
 
-import json
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gold import CHAINS, SHARED, expected, match, table, tolerance
+from gold import CHAINS, expected, match, solve, table
 
 import jaxem
 from jaxem import HMM, RESULTS, Sequences
@@ -23,14 +21,6 @@ def states(model, data, num_steps):
     for _ in range(num_steps):
         state = step(state, data)
         yield state
-
-
-def solve(case, model, data, num_steps=20_000):
-    """A fit whose estimated error, not its last step, is below the tolerance of the case."""
-    solution = jaxem.fit(model, data, tol=1e-12, max_steps=num_steps)
-    assert solution.result == RESULTS.converged
-    assert solution.error < tolerance(case)
-    return solution
 
 
 def best_of(case, models, data):
@@ -208,16 +198,6 @@ def test_reference(case):
                 np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol)
         else:
             match(case, key, value)
-
-
-def test_the_committed_copy_is_the_reference():
-    if not SHARED.exists():
-        pytest.skip("../shared/gold, which the copy is taken from, is not at hand")
-    originals = json.loads((SHARED / "gold.json").read_text())["cases"]
-    originals = {c["id"]: c for c in originals if c["family"] in ("hmm", "hmm-inference")}
-    assert originals.keys() == CHAINS.keys() == RECIPES.keys()
-    for case, copy in CHAINS.items():
-        assert copy == {key: originals[case][key] for key in copy}
 
 
 def test_counting_alone_is_not_the_stationary_maximum():

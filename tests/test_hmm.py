@@ -4,10 +4,10 @@ import functools
 
 import equinox as eqx
 import jax
-import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import compilations
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from models import CASES, HMMS, LENGTHS, MEAN, OBSERVED, SEQUENCES, STAGES, STAY
@@ -226,24 +226,6 @@ def test_lists_of_integers_and_floats_become_floats():
 def test_rounded_lengths_are_at_most_a_quarter_longer(longest):
     steps = Sequences.from_list([np.zeros((longest, 1))]).values.shape[1]
     assert longest <= steps <= 1.25 * longest
-
-
-class Compilations:
-    def __init__(self):
-        self.count = 0
-        jax.monitoring.register_event_duration_secs_listener(self.listen)
-
-    def listen(self, event, duration, **kwargs):
-        self.count += event == "/jax/core/compile/backend_compile_duration"
-
-
-COMPILATIONS = Compilations()
-
-
-def compilations(call):
-    before = COMPILATIONS.count
-    jax.block_until_ready(jax.tree.leaves(call()))
-    return COMPILATIONS.count - before
 
 
 def test_new_lengths_of_like_size_compile_nothing():

@@ -5,10 +5,10 @@ import re
 
 import equinox as eqx
 import jax
-import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import compilations
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from models import CASES, CODES, COUNTS, FAMILIES, POINTS, N
 
@@ -208,24 +208,6 @@ def test_derivatives_of_a_converged_fit_and_the_error_in_reverse_mode():
 
 
 # Compile once
-
-
-class Compilations:
-    def __init__(self):
-        self.count = 0
-        jax.monitoring.register_event_duration_secs_listener(self.listen)
-
-    def listen(self, event, duration, **kwargs):
-        self.count += event == "/jax/core/compile/backend_compile_duration"
-
-
-COMPILATIONS = Compilations()
-
-
-def compilations(call):
-    before = COMPILATIONS.count
-    jax.block_until_ready(jax.tree.leaves(call()))
-    return COMPILATIONS.count - before
 
 
 def independent():
