@@ -102,9 +102,13 @@ def _within_bounds(model: Any) -> Any:
     )
 
 
-def _natural(model: Any) -> Array:
-    """What the M-step estimates, in natural parameters."""
-    return ravel_pytree(estimates(model))[0]
+def _measured(model: Any) -> Array:
+    """What the M-step estimates, on scales on which lengths mean something.
+
+    Natural parameters, for the logarithm of a probability that vanishes runs away; those far
+    from 0 by their logarithm, for degrees of freedom run away too.
+    """
+    return jnp.arcsinh(ravel_pytree(estimates(model))[0])
 
 
 class SQUAREM(_Accelerated):
@@ -134,9 +138,7 @@ class SQUAREM(_Accelerated):
         start, rebuild = free_numbers(state.model)
         first = em.step(state, data, **given)
         second_model, _ = em.maximize(first, data, **given)
-        # Lengths in natural parameters: a probability that vanishes stands still there, while
-        # its logarithm runs away.
-        points = [_natural(m) for m in (state.model, first.model, second_model)]
+        points = [_measured(m) for m in (state.model, first.model, second_model)]
         bend = jnp.linalg.norm(points[2] - 2 * points[1] + points[0])
         size = jnp.linalg.norm(points[1] - points[0])
         length = jnp.clip(jnp.where(bend > 0, size / jnp.where(bend > 0, bend, 1), 1), 1, longest)
@@ -213,14 +215,14 @@ class Anderson(_Accelerated):
             raise ValueError(f"Anderson remembers one step or more, got order={self.order}.")
 
     def _start(self, model):
-        numbers, natural = free_numbers(model)[0], _natural(model)
+        numbers, measured = free_numbers(model)[0], _measured(model)
         rows = min(self.order, numbers.size)
         count = jnp.zeros((), jnp.int32)
         return _Memory(
             images=jnp.zeros((rows, numbers.size), numbers.dtype),
-            residuals=jnp.zeros((rows, natural.size), natural.dtype),
+            residuals=jnp.zeros((rows, measured.size), measured.dtype),
             image=jnp.zeros_like(numbers),
-            residual=jnp.zeros_like(natural),
+            residual=jnp.zeros_like(measured),
             count=count,
             accepted=count,
         )
@@ -229,13 +231,13 @@ class Anderson(_Accelerated):
         em = self.em
         _, rebuild = free_numbers(state.model)
         model, memory = em.maximize(state, data, **given)
-        image, now = ravel_pytree(model)[0], _natural(state.model)
-        residual = _natural(model) - now
+        image, now = ravel_pytree(model)[0], _measured(state.model)
+        residual = _measured(model) - now
         own = own.remember(image, residual)
         proposed = _within_bounds(rebuild(image - own.correction(residual)))
         # EM's steps are too short, never too long: what is shorter still is rounding, and would
         # be taken for convergence.
-        longer = jnp.linalg.norm(_natural(proposed) - now) >= jnp.linalg.norm(residual)
+        longer = jnp.linalg.norm(_measured(proposed) - now) >= jnp.linalg.norm(residual)
         proposed = jax.tree.map(lambda a, b: jnp.where(longer, a, b), proposed, model)
         bold = em.expect(proposed, _with_memory(state, memory), data, **given)
         good = _is_as_good(bold, state)
@@ -246,8 +248,8 @@ class Anderson(_Accelerated):
 class _Memory(eqx.Module):
     """Differences since the last restart, of EM's images and of residuals; how bold to be.
 
-    Images are in leaf space. Residuals are in natural parameters: the logarithm of a probability
-    that vanishes runs away, and would outweigh all others.
+    Images are in leaf space, residuals on the scales of `_measured`: else one number that runs
+    away would outweigh all others.
     """
 
     images: Array  # (m, p), rows used from the first on
