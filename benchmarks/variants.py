@@ -117,7 +117,7 @@ PROBLEMS = {
 }
 
 
-def ascent(count: int = 1_000, at_once: int = 50) -> None:
+def ascent(count: int = 1_000, at_once: int = 50, max_steps: int = 3_000) -> None:
     """Falls of the objective, and where accelerated fits end, over random problems in float64.
 
     An accelerated fit that ends below EM's is taken on by EM. If that brings it to EM's end, it
@@ -126,7 +126,7 @@ def ascent(count: int = 1_000, at_once: int = 50) -> None:
     """
 
     @eqx.filter_jit
-    def run(models: Any, x: Any, algorithm: Any, max_steps: int) -> jaxem.Solution:
+    def run(models: Any, x: Any, algorithm: Any) -> jaxem.Solution:
         options: Any = dict(max_steps=max_steps, throw=False)
         fit = lambda pair: jaxem.fit(*pair, algorithm, **options)  # noqa: E731
         return jax.lax.map(fit, (models, x), batch_size=at_once)
@@ -140,7 +140,7 @@ def ascent(count: int = 1_000, at_once: int = 50) -> None:
             rows: dict[str, Any] = {}
             ends: dict[str, np.ndarray] = {}
             for label, wrap in MONOTONE.items():
-                solution = run(models, x, wrap(jaxem.EM()), 3_000)
+                solution = run(models, x, wrap(jaxem.EM()))
                 history = np.asarray(solution.history)
                 falls = -np.diff(history, axis=1) / np.abs(history[:, :-1])
                 ends[label] = np.asarray(solution.objective) / units
@@ -149,12 +149,12 @@ def ascent(count: int = 1_000, at_once: int = 50) -> None:
                 if below.size:
                     padded = np.resize(below, -(-below.size // at_once) * at_once)
                     onward = jax.tree.map(lambda leaf, at=padded: leaf[at], (solution.model, x))
-                    further = run(*onward, jaxem.EM(), 3_000).objective[: below.size] / units
+                    further = run(*onward, jaxem.EM()).objective[: below.size] / units
                     behind = int(np.sum(ends["EM"][below] - further <= 1e-6))
                 rows[label] = (
                     f"largest fall {max(np.nanmax(falls), 0):.1e} of the objective; "
                     f"median {np.median(solution.num_steps):.0f} steps, "
-                    f"{np.mean(solution.num_steps == 3_000):.1%} took all 3,000"
+                    f"{np.mean(solution.num_steps == max_steps):.1%} took all {max_steps:,}"
                 )
                 if label != "EM":
                     rows[label] += (

@@ -60,9 +60,12 @@ def match(case: str, key: str, value) -> None:
         )
 
 
-def match_all(case: str, numbers: dict[str, Any], besides: tuple[str, ...] = ()) -> None:
-    """Asserts that numbers are all that is expected of the case, besides those named."""
-    assert numbers.keys() == ALL[case]["expected"].keys() - set(besides)
+def match_all(
+    case: str, numbers: dict[str, Any], besides: frozenset[tuple[str, str]] = frozenset()
+) -> None:
+    """Asserts all that is expected, besides the pairs of a case and a key that are named."""
+    wanted = {(case, key) for key in ALL[case]["expected"]} - besides
+    assert {(case, key) for key in numbers} == wanted
     for key, value in numbers.items():
         match(case, key, value)
 

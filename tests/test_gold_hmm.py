@@ -200,6 +200,10 @@ def test_reference(case):
             match(case, key, value)
 
 
+def test_nothing_is_left_out():
+    assert RECIPES.keys() == CHAINS.keys()
+
+
 def test_counting_alone_is_not_the_stationary_maximum():
     """Baum and Welch's M-step ignores that the first state is drawn from δ: 342.3479."""
     x = earthquakes()
