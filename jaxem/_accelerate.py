@@ -138,7 +138,9 @@ class SQUAREM(_Accelerated):
         start, rebuild = free_numbers(state.model)
         first = em.step(state, data, **given)
         second_model, _ = em.maximize(first, data, **given)
-        points = [_measured(m) for m in (state.model, first.model, second_model)]
+        # Lengths in natural parameters: a probability that vanishes stands still there, while
+        # its logarithm runs away.
+        points = [ravel_pytree(estimates(m))[0] for m in (state.model, first.model, second_model)]
         bend = jnp.linalg.norm(points[2] - 2 * points[1] + points[0])
         size = jnp.linalg.norm(points[1] - points[0])
         length = jnp.clip(jnp.where(bend > 0, size / jnp.where(bend > 0, bend, 1), 1), 1, longest)
