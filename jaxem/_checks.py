@@ -8,7 +8,8 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike
+from jaxtyping import Array
+from numpy.typing import ArrayLike
 
 
 def check_shape(name: str, value: Array, expected: tuple[int | str, ...]) -> None:

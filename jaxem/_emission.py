@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import equinox as eqx
 import equinox.internal as eqxi
@@ -94,7 +94,7 @@ class AbstractEmission(eqx.Module):
         """Q(self; sums) = Σ r log p(x | z; self), up to a term in the data alone."""
 
     @abc.abstractmethod
-    def prior(self) -> Framed:
+    def prior(self, *args: Any, **kwargs: Any) -> Framed:
         """The conjugate prior as pseudo-statistics; without arguments it is flat."""
 
     @abc.abstractmethod
@@ -111,7 +111,9 @@ class AbstractEmission(eqx.Module):
 
     @classmethod
     @abc.abstractmethod
-    def pooled(cls, x: PyTree[Array], num_components: int, weights: Float[Array, " n"]) -> Self:
+    def pooled(
+        cls, x: PyTree[Array], num_components: int, weights: Float[Array, " n"], **options: Any
+    ) -> Self:
         """Components that are all alike: the maximum-likelihood fit of one to all the data."""
 
     @abc.abstractmethod
@@ -125,6 +127,9 @@ class AbstractEmission(eqx.Module):
     @abc.abstractmethod
     def shortcut(self) -> tuple[Bool[Array, ""], Self] | None:
         """A cheaper form of the same density and whether rounding allows it now, or None."""
+
+
+Emission = TypeVar("Emission", bound=AbstractEmission)
 
 
 def log_prob(emission: AbstractEmission, x: PyTree[Array]) -> Float[Array, "n k"]:

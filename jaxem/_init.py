@@ -54,7 +54,7 @@ def seed(
     family: Any,
     weights: Float[Array, " n"] | None,
     method: str,
-) -> AbstractEmission:
+) -> Any:
     """Components located at `num_components` units, with the scale of what lies around them."""
     n = num_units(data)
     if isinstance(num_components, bool) or not isinstance(num_components, int):

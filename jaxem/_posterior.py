@@ -163,7 +163,11 @@ def _root(probability: Array, order: Any) -> Array:
 class Annealed(AbstractExpectation):
     """Deterministic annealing: the posterior at a temperature that falls to 1.
 
-    A fit converges at temperature 1 only.
+    A fit converges at temperature 1 only. Where it is hot enough, components fall together, and
+    when it cools they part again by what is left of their differences: begin a little above the
+    temperature at which they part, not far above it, where nothing is left. Between Gaussians
+    whose scales are held that is the largest variance of the data in units of theirs. Components
+    that still coincide at the end are at a saddle, which `convergence_rate` finds.
 
     **Arguments:** `temperature`, a schedule that ends at 1; default: from 5 by a factor of 0.9.
 

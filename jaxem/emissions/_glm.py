@@ -20,7 +20,8 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import Array, Bool, Float
+from numpy.typing import ArrayLike
 
 from jaxem import _linalg as la
 from jaxem._checks import check_continuous, check_counts, check_shape, check_values, num_features

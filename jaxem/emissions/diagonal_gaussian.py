@@ -23,7 +23,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+from numpy.typing import ArrayLike
 
 from jaxem import _linalg as la
 from jaxem._checks import check_continuous, check_shape, check_values, num_features
@@ -297,6 +298,9 @@ class DiagonalGaussian(_ScaledGaussian):
 
     spherical: ClassVar[bool] = False
 
+    def __init__(self, mean: ArrayLike, variance: ArrayLike):
+        super().__init__(mean, variance)
+
 
 class SphericalGaussian(_ScaledGaussian):
     """Gaussians with one variance for all features, N(μₖ, σ²ₖ I).
@@ -308,3 +312,6 @@ class SphericalGaussian(_ScaledGaussian):
     """
 
     spherical: ClassVar[bool] = True
+
+    def __init__(self, mean: ArrayLike, variance: ArrayLike):
+        super().__init__(mean, variance)

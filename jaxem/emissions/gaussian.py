@@ -22,7 +22,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+from numpy.typing import ArrayLike
 
 from jaxem import _linalg as la
 from jaxem._checks import check_continuous, check_shape, check_values, num_features
@@ -287,6 +288,9 @@ class Gaussian(_FullGaussian):
 
     tied: ClassVar[bool] = False
 
+    def __init__(self, mean: ArrayLike, covariance: ArrayLike):
+        super().__init__(mean, covariance)
+
     def coordinates(self) -> tuple[Array, ...]:
         log_norm, offset, whitener = super().coordinates()
         if not self.expanded:
@@ -354,6 +358,9 @@ class TiedGaussian(_FullGaussian):
     """
 
     tied: ClassVar[bool] = True
+
+    def __init__(self, mean: ArrayLike, covariance: ArrayLike):
+        super().__init__(mean, covariance)
 
     def log_prob_at(self, coordinates: Any, x: Float[Array, "n d"]) -> Float[Array, "n k"]:
         if not self.expanded:

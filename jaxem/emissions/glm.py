@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+from numpy.typing import ArrayLike
 
 from jaxem import _linalg as la
 from jaxem._checks import check_continuous, check_counts
@@ -32,6 +33,9 @@ class LogisticRegression(GeneralizedLinear):
     """
 
     max_step: ClassVar[float] = 1e9
+
+    def __init__(self, weights: ArrayLike, bias: ArrayLike):
+        super().__init__(weights, bias)
 
     def check(self, x: Any) -> None:
         who = type(self).__name__
@@ -83,6 +87,9 @@ class PoissonRegression(GeneralizedLinear):
     """
 
     max_step: ClassVar[float] = 1.0
+
+    def __init__(self, weights: ArrayLike, bias: ArrayLike):
+        super().__init__(weights, bias)
 
     def check(self, x: Any) -> None:
         who, d = type(self).__name__, self.bias.shape[1]

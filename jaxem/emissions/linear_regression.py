@@ -25,7 +25,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+from numpy.typing import ArrayLike
 
 from jaxem import _linalg as la
 from jaxem._checks import check_continuous, check_shape, check_values, num_features
@@ -93,8 +94,8 @@ class LinearRegression(AbstractEmission):
         check_shape("bias", self.bias, (k, d))
         check_values(jnp.isfinite(self.weights), "weights hold a NaN or an infinity.")
         check_values(jnp.isfinite(self.bias), "bias holds a NaN or an infinity.")
-        self.tied = jnp.ndim(covariance) == 2
         covariance = jnp.asarray(covariance, self.weights.dtype)
+        self.tied = covariance.ndim == 2
         check_shape("covariance", covariance, (d, d) if self.tied else (k, d, d))
         self.log_scale, self.below = factored("covariance", covariance.reshape(-1, d, d))
         self.inputs = InputFrame.at_zero(self.weights)

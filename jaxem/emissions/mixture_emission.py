@@ -10,25 +10,26 @@ Trans. Information Theory 32.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Generic, Self
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
+from numpy.typing import ArrayLike
 
 from jaxem import _linalg as la
 from jaxem._checks import check_shape
-from jaxem._emission import AbstractEmission, build
+from jaxem._emission import AbstractEmission, Emission, build
 from jaxem._hold import Held, replace
 from jaxem._statistics import Framed
 from jaxem.emissions._common import as_float, pseudo_count
 from jaxem.emissions.categorical import check_simplex, log_shares
 
 
-class MixtureEmission(AbstractEmission):
+class MixtureEmission(AbstractEmission, Generic[Emission]):
     """Components that are mixtures of m parts of any family.
 
     **Arguments:** `weights` (k, m), rows in the simplex; `components`, an emission with k·m
@@ -43,10 +44,10 @@ class MixtureEmission(AbstractEmission):
 
     natural: ClassVar[dict[str, tuple[str, ...]]] = {"weights": ("logits",)}
     logits: Float[Array, "k m"]
-    components: AbstractEmission
+    components: Emission
     held: Held = eqx.field(static=True)
 
-    def __init__(self, weights: ArrayLike, components: AbstractEmission):
+    def __init__(self, weights: ArrayLike, components: Emission):
         weights = as_float(weights)
         check_shape("weights", weights, ("k", "m"))
         check_simplex("weights", weights)

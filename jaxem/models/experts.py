@@ -10,17 +10,18 @@ Computation 6; Bandeen-Roche, Miglioretti, Zeger & Rathouz (1997), JASA 92 (late
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Generic, NamedTuple, Self
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
+from numpy.typing import ArrayLike
 
 from jaxem import _linalg as la
 from jaxem._checks import check_continuous, check_shape, check_values
-from jaxem._emission import AbstractEmission, finite, log_prob, width
+from jaxem._emission import AbstractEmission, Emission, finite, log_prob, width
 from jaxem._hold import Held, free, natural_parameters, replace, update
 from jaxem._joint import AbstractJointModel, sums_of_joint
 from jaxem._model import all_finite
@@ -172,7 +173,7 @@ class LogisticGate(eqx.Module):
 _LONGEST = 1.0  # root mean square of a step's change of the log-odds
 
 
-class MixtureOfExperts(AbstractJointModel):
+class MixtureOfExperts(AbstractJointModel, Generic[Emission]):
     """A mixture whose weights depend on covariates. Data: a tuple of covariates v (n, p) and x.
 
     **Arguments:** `gate`, a `LogisticGate`; `components`, any emission. Regressions, whose data
@@ -183,10 +184,10 @@ class MixtureOfExperts(AbstractJointModel):
 
     natural: ClassVar[dict[str, tuple[str, ...]]] = {}
     gate: LogisticGate
-    components: AbstractEmission
+    components: Emission
     held: Held = eqx.field(static=True)
 
-    def __init__(self, gate: LogisticGate, components: AbstractEmission):
+    def __init__(self, gate: LogisticGate, components: Emission):
         if not isinstance(gate, LogisticGate):
             raise ValueError(f"gate must be a LogisticGate, got {type(gate).__name__}.")
         if not isinstance(components, AbstractEmission):

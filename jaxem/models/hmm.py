@@ -9,19 +9,20 @@ Baum, Petrie, Soules & Weiss (1970), Ann. Math. Stat. 41; Rabiner (1989), Proc. 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Generic, Self
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
+from numpy.typing import ArrayLike
 
 from jaxem import _init, chain
 from jaxem import _linalg as la
 from jaxem._checks import check_shape, check_weights
-from jaxem._emission import AbstractEmission, float_dtype, with_shortcut
+from jaxem._emission import AbstractEmission, Emission, float_dtype, with_shortcut
 from jaxem._hold import Held, free, held_mask, natural_parameters, replace
 from jaxem._model import AbstractModel, all_finite
 from jaxem._posterior import AbstractPosterior, Exact
@@ -40,7 +41,7 @@ from jaxem.models.mixture import Mixture
 from jaxem.models.transitions import AbstractTransition, Transition
 
 
-class HMM(AbstractModel):
+class HMM(AbstractModel, Generic[Emission]):
     """A hidden Markov model. Data: arrays (b, t, …), or `Sequences` of different lengths.
 
     **Arguments:**
@@ -62,7 +63,7 @@ class HMM(AbstractModel):
     natural: ClassVar[dict[str, tuple[str, ...]]] = {"initial": ("initial_logits",)}
     initial_logits: Float[Array, " k"]
     transition: AbstractTransition
-    emission: AbstractEmission
+    emission: Emission
     stationary: bool = eqx.field(static=True)
     parallel: bool | None = eqx.field(static=True)
     held: Held = eqx.field(static=True)
@@ -71,7 +72,7 @@ class HMM(AbstractModel):
         self,
         initial: ArrayLike | str,
         transition: ArrayLike | AbstractTransition,
-        emission: AbstractEmission,
+        emission: Emission,
         *,
         parallel: bool | None = None,
     ):

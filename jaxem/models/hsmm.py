@@ -19,19 +19,20 @@ Yu (2010), Artif. Intell. 174.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Generic, Self
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
+from numpy.typing import ArrayLike
 
 from jaxem import _init
 from jaxem import _linalg as la
 from jaxem._checks import check_shape, check_values, check_weights, concrete
-from jaxem._emission import AbstractEmission, float_dtype
+from jaxem._emission import AbstractEmission, Emission, float_dtype
 from jaxem._hold import Held, free, held_mask, natural_parameters, replace
 from jaxem._model import AbstractModel, all_finite
 from jaxem._posterior import AbstractPosterior, Exact, Hard
@@ -51,7 +52,7 @@ from jaxem.models.durations import AbstractDuration
 from jaxem.models.transitions import Transition
 
 
-class HSMM(AbstractModel):
+class HSMM(AbstractModel, Generic[Emission]):
     """A hidden semi-Markov model. Data: arrays (b, t, …), or `Sequences` of different lengths.
 
     **Arguments:**
@@ -70,7 +71,7 @@ class HSMM(AbstractModel):
     initial_logits: Float[Array, " k"]
     transition: Transition
     duration: AbstractDuration
-    emission: AbstractEmission
+    emission: Emission
     held: Held = eqx.field(static=True)
 
     def __init__(
@@ -78,7 +79,7 @@ class HSMM(AbstractModel):
         initial: ArrayLike,
         transition: ArrayLike | Transition,
         duration: AbstractDuration,
-        emission: AbstractEmission,
+        emission: Emission,
     ):
         if not isinstance(emission, AbstractEmission):
             raise ValueError(f"the emission must be an emission, got {type(emission).__name__}.")

@@ -9,18 +9,19 @@ McLachlan & Peel (2000), *Finite Mixture Models*; Dempster, Laird & Rubin (1977)
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Generic, Self
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
+from numpy.typing import ArrayLike
 
 from jaxem import _init
 from jaxem import _linalg as la
 from jaxem._checks import check_shape
-from jaxem._emission import AbstractEmission, float_dtype, log_prob, width, with_shortcut
+from jaxem._emission import AbstractEmission, Emission, float_dtype, log_prob, width, with_shortcut
 from jaxem._hold import Held, free, held_mask, natural_parameters, replace
 from jaxem._joint import AbstractJointModel, sums_of_joint
 from jaxem._model import all_finite
@@ -31,7 +32,7 @@ from jaxem.emissions._common import as_float, pseudo_count
 from jaxem.emissions.categorical import check_simplex, free_log_shares
 
 
-class Mixture(AbstractJointModel):
+class Mixture(AbstractJointModel, Generic[Emission]):
     """A finite mixture.
 
     **Arguments:** `weights` (k,), in the simplex; `components`, an emission with k components.
@@ -41,10 +42,10 @@ class Mixture(AbstractJointModel):
 
     natural: ClassVar[dict[str, tuple[str, ...]]] = {"weights": ("logits",)}
     logits: Float[Array, " k"]
-    components: AbstractEmission
+    components: Emission
     held: Held = eqx.field(static=True)
 
-    def __init__(self, weights: ArrayLike, components: AbstractEmission):
+    def __init__(self, weights: ArrayLike, components: Emission):
         weights = as_float(weights)
         check_shape("weights", weights, (components.num_components,))
         check_simplex("weights", weights)
@@ -229,6 +230,6 @@ class Mixture(AbstractJointModel):
         return self.m_step(Framed(sums, self))
 
     @classmethod
-    def _uniform(cls, components: AbstractEmission) -> Self:
+    def _uniform(cls, components: Any) -> Self:
         k = components.num_components
         return cls(jnp.full(k, 1 / k, float_dtype(components)), components)
