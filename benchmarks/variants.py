@@ -37,6 +37,10 @@ class Counted(jaxem.AbstractExpectation):
         jax.debug.callback(lambda _: e_steps.append(None), step)
         return self.expectation(model, data, weights, step, key)
 
+    @property
+    def closing(self) -> Any:
+        return self
+
     def settles(self, step: Any) -> Any:
         return self.expectation.settles(step)
 

@@ -2,15 +2,16 @@
 
 Leaves are unconstrained, so that any extrapolation is a model. What it is worth is judged by the
 objective, which an E-step there gives anyway: it never falls, or EM's own step is taken instead.
+Under `vmap` that step is worked out for all lanes where one needs it.
 """
-
-from __future__ import annotations
 
 import abc
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import equinox as eqx
+import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -18,6 +19,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PyTree
 
 from jaxem import _linalg as la
+from jaxem._checks import check_count
 from jaxem._em import EM, AbstractAlgorithm, State
 from jaxem._emission import float_dtype
 from jaxem._hold import estimates, free_numbers
@@ -36,6 +38,14 @@ class _Accelerated(AbstractAlgorithm):
     @property
     def exact(self) -> bool:
         return True
+
+    @property
+    def steady(self) -> bool:
+        return False  # extrapolations go where EM would go much later
+
+    @property
+    def period(self) -> int:
+        return self.em.period
 
     def settles(self, step):
         return self.em.settles(step)
@@ -56,6 +66,10 @@ class _Accelerated(AbstractAlgorithm):
 
     def finish(self, state, data, *, weights=None, prior=None, key=None):
         return state.model
+
+    @property
+    def closing(self):
+        return self.em.closing
 
     @abc.abstractmethod
     def _start(self, model: Any) -> PyTree[Array]:
@@ -91,6 +105,15 @@ def _is_as_good(new: State, old: State) -> Array:
     return (new.objective >= old.objective - slack) & jnp.all(finite)
 
 
+def _or_else(good: Array, bold: State, careful: Callable[[], State]) -> State:
+    """`bold` where it is good, else `careful()`, which is worked out if some lane needs it."""
+
+    def chosen() -> State:
+        return jax.tree.map(lambda a, b: jnp.where(good, a, b), bold, careful())
+
+    return lax.cond(eqxi.unvmap_all(good), lambda: bold, chosen)
+
+
 def _within_bounds(model: Any) -> Any:
     """The model with what its M-step estimates within bounds, such as degrees of freedom, there.
 
@@ -100,6 +123,12 @@ def _within_bounds(model: Any) -> Any:
     return jax.tree.map(
         lambda node: node.bounded() if has_bounds(node) else node, model, is_leaf=has_bounds
     )
+
+
+def _magnitude(parameter: Array) -> Array:
+    """The root mean square of a parameter: its unit, so that none has any."""
+    square = jnp.mean(parameter**2)
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 1)
 
 
 def _measured(model: Any) -> Array:
@@ -114,9 +143,10 @@ def _measured(model: Any) -> Array:
 class SQUAREM(_Accelerated):
     """Squared extrapolation: θ − 2 α r + α² v, from two EM steps r and r + v.
 
-    α = −‖r‖ / ‖v‖, at most −1, where −1 is EM. An EM step from there ends it, so that a step costs
-    three E-steps, and a fourth where the objective would fall: then r and r + v are taken as
-    they are.
+    α = −‖r‖ / ‖v‖, at most −1, where −1 is EM. The points are extrapolated as unconstrained leaves,
+    the lengths taken of natural parameters, each relative to its root mean square. An EM step from
+    there ends it, so that a step costs three E-steps, and a fourth where the objective would
+    fall: then r and r + v are taken as they are.
 
     **Arguments:** `em`, the algorithm to accelerate.
 
@@ -138,9 +168,12 @@ class SQUAREM(_Accelerated):
         start, rebuild = free_numbers(state.model)
         first = em.step(state, data, **given)
         second_model, _ = em.maximize(first, data, **given)
-        # Lengths in natural parameters: a probability that vanishes stands still there, while
-        # its logarithm runs away.
-        points = [ravel_pytree(estimates(m))[0] for m in (state.model, first.model, second_model)]
+        # A probability that vanishes stands still, while its logarithm runs away.
+        unit = jax.tree.map(_magnitude, estimates(state.model))
+        points = [
+            ravel_pytree(jax.tree.map(jnp.divide, estimates(m), unit))[0]
+            for m in (state.model, first.model, second_model)
+        ]
         bend = jnp.linalg.norm(points[2] - 2 * points[1] + points[0])
         size = jnp.linalg.norm(points[1] - points[0])
         length = jnp.clip(jnp.where(bend > 0, size / jnp.where(bend > 0, bend, 1), 1), 1, longest)
@@ -150,7 +183,7 @@ class SQUAREM(_Accelerated):
 
         bold = em.step(em.expect(proposed, first, data, **given), data, **given)
         good = _is_as_good(bold, state)
-        new = lax.cond(good, lambda: bold, lambda: em.step(first, data, **given))
+        new = _or_else(good, bold, lambda: em.step(first, data, **given))
         at_bound = length == longest
         longest = jnp.where(at_bound & good, 4 * longest, longest)
         longest = jnp.where(at_bound & ~good, jnp.maximum(1, longest / 4), longest)
@@ -188,7 +221,7 @@ class Overrelaxed(_Accelerated):
         longer = _within_bounds(rebuild(start + own * (ravel_pytree(model)[0] - start)))
         bold = self.em.expect(longer, _with_memory(state, memory), data, **given)
         good = _is_as_good(bold, state)
-        new = lax.cond(good, lambda: bold, lambda: self.em.step(state, data, **given))
+        new = _or_else(good, bold, lambda: self.em.step(state, data, **given))
         return new, jnp.where(good, self.growth * own, 1)
 
 
@@ -213,8 +246,7 @@ class Anderson(_Accelerated):
 
     def __check_init__(self):
         _check_em(self.em, "Anderson")
-        if isinstance(self.order, bool) or self.order < 1:
-            raise ValueError(f"Anderson remembers one step or more, got order={self.order}.")
+        check_count("order", self.order)
 
     def _start(self, model):
         numbers, measured = free_numbers(model)[0], _measured(model)
@@ -243,7 +275,7 @@ class Anderson(_Accelerated):
         proposed = jax.tree.map(lambda a, b: jnp.where(longer, a, b), proposed, model)
         bold = em.expect(proposed, _with_memory(state, memory), data, **given)
         good = _is_as_good(bold, state)
-        new = lax.cond(good, lambda: bold, lambda: em.step(state, data, **given))
+        new = _or_else(good, bold, lambda: em.step(state, data, **given))
         return new, eqx.tree_at(lambda m: m.accepted, own, own.accepted + good)
 
 
@@ -261,16 +293,16 @@ class _Memory(eqx.Module):
     count: Array  # points seen since the restart
     accepted: Array  # all steps that were
 
-    def remember(self, image: Array, residual: Array) -> _Memory:
+    def remember(self, image: Array, residual: Array) -> Self:
         fresh = self.emptied(self.count > len(self.images))
         seen, place = fresh.count > 0, jnp.maximum(fresh.count - 1, 0)
         moved = fresh.images.at[place].set(image - self.image)
         images = jnp.where(seen, moved, fresh.images)
         moved = fresh.residuals.at[place].set(residual - self.residual)
         residuals = jnp.where(seen, moved, fresh.residuals)
-        return _Memory(images, residuals, image, residual, fresh.count + 1, self.accepted)
+        return type(self)(images, residuals, image, residual, fresh.count + 1, self.accepted)
 
-    def emptied(self, now: Array) -> _Memory:
+    def emptied(self, now: Array) -> Self:
         zero = lambda leaf: jnp.where(now, jnp.zeros_like(leaf), leaf)  # noqa: E731
         return eqx.tree_at(lambda m: (m.images, m.residuals, m.count), self, replace_fn=zero)
 

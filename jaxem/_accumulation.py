@@ -4,8 +4,6 @@ Statistics know the model that they were taken about (`Framed`), so that sums re
 earlier models combine with new ones exactly, and in float32 too.
 """
 
-from __future__ import annotations
-
 import abc
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -16,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from jaxem._checks import check_count
 from jaxem._schedules import AbstractSchedule, Power
 from jaxem._statistics import Framed
 from jaxem._units import num_units, total_weight
@@ -27,11 +26,13 @@ class AbstractAccumulation(eqx.Module):
     """How new statistics combine with remembered ones, and which units a step looks at.
 
     `ascends` says whether an exact step's objective never falls; `exact` whether statistics
-    and objective after a step are those of all the data at the model after the step.
+    and objective after a step are those of all the data at the model after the step; `period`
+    how many steps look at all the data.
     """
 
     ascends: eqx.AbstractVar[bool]
     exact: eqx.AbstractVar[bool]
+    period: eqx.AbstractVar[int]
 
     @abc.abstractmethod
     def init(
@@ -56,7 +57,7 @@ class AbstractAccumulation(eqx.Module):
 
     @abc.abstractmethod
     def settles(self, step: Int[Array, ""]) -> Bool[Array, ""] | bool:
-        """Whether a step that hardly moves can mean that the fit has converged."""
+        """Whether `period` steps that hardly move can mean that the fit has converged."""
 
     def last(self, memory: PyTree[Array]) -> Framed | None:
         """Statistics for an M-step that ends the fit; None: it ends where its last step led."""
@@ -68,6 +69,7 @@ class Full(AbstractAccumulation):
 
     ascends: ClassVar[bool] = True
     exact: ClassVar[bool] = True
+    period: ClassVar[int] = 1
 
     def init(self, evaluate, data, weights, key):
         return None, *evaluate(data, weights, key)
@@ -94,7 +96,7 @@ class Running(AbstractAccumulation):
     a step: the fit ends with an M-step at the mean of s from there on (Polyak averaging), which
     is worth most where the rate falls slowly.
 
-    **Raises:** `ValueError` for other rates, or a step below 1.
+    **Raises:** `ValueError` for other rates, a population that is not positive, or a step below 1.
 
     Cappé & Moulines (2009), JRSS B 71; Delyon, Lavielle & Moulines (1999), Ann. Stat. 27;
     Polyak & Juditsky (1992), SIAM J. Control Optim. 30.
@@ -102,12 +104,15 @@ class Running(AbstractAccumulation):
 
     ascends: ClassVar[bool] = False
     exact: ClassVar[bool] = False
+    period: ClassVar[int] = 1
     rate: AbstractSchedule = Power(0.6)
     population: float | None = eqx.field(static=True, default=None)
     average_from: int | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
         _check_online(self.rate, self.average_from)
+        if self.population is not None and not self.population > 0:
+            raise ValueError(f"the population has a positive weight, got {self.population!r}.")
 
     def init(self, evaluate, data, weights, key):
         _, _, times = self.select(None, data, weights, jnp.zeros((), jnp.int32), None)
@@ -146,14 +151,14 @@ class Minibatch(AbstractAccumulation):
 
     ascends: ClassVar[bool] = False
     exact: ClassVar[bool] = False
+    period: ClassVar[int] = 1
     size: int = eqx.field(static=True)
     rate: AbstractSchedule = Power(0.6)
     average_from: int | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
         _check_online(self.rate, self.average_from)
-        if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
-            raise ValueError(f"a batch needs one unit or more, got size={self.size!r}.")
+        check_count("size", self.size)
 
     def init(self, evaluate, data, weights, key):
         select_key, key = (None, None) if key is None else jax.random.split(key)
@@ -195,7 +200,7 @@ class Incremental(AbstractAccumulation):
 
     One step costs a share of 1 / `num_blocks` of a full E-step, and the M-step uses it at once.
     What is remembered of the other blocks is rewritten about each new model and summed afresh,
-    so that nothing drifts.
+    so that nothing drifts. A fit converges where a whole pass hardly moves.
 
     **Arguments:** `num_blocks`, in the order of the data.
 
@@ -209,9 +214,11 @@ class Incremental(AbstractAccumulation):
     num_blocks: int = eqx.field(static=True)
 
     def __check_init__(self):
-        blocks = self.num_blocks
-        if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1:
-            raise ValueError(f"Incremental needs one block or more, got {blocks!r}.")
+        check_count("num_blocks", self.num_blocks)
+
+    @property
+    def period(self) -> int:
+        return self.num_blocks
 
     def init(self, evaluate, data, weights, key):
         def block(index: Array) -> tuple[Framed, Array]:
@@ -226,14 +233,17 @@ class Incremental(AbstractAccumulation):
         n = num_units(data)
         if self.num_blocks > n:
             raise ValueError(f"{n} units cannot make {self.num_blocks} blocks.")
-        size = -(-n // self.num_blocks)
-        start = jnp.minimum(index * size, n - size)
+        shortest, longer = divmod(n, self.num_blocks)  # the first ones have a unit more
+        begin = index * shortest + jnp.minimum(index, longer)
+        size = shortest + (longer > 0)
+        start = jnp.minimum(begin, n - size)
         cut = lambda leaf: lax.dynamic_slice_in_dim(leaf, start, size)  # noqa: E731
         part = jax.tree.map(cut, data)
-        if n % self.num_blocks == 0:
+        if longer == 0:
             return part, None if weights is None else cut(weights)
         w = jnp.ones(size) if weights is None else cut(weights)
-        return part, jnp.where(start + jnp.arange(size) >= index * size, w, 0)
+        at, end = start + jnp.arange(size), begin + shortest + (index < longer)
+        return part, jnp.where((at >= begin) & (at < end), w, 0)
 
     def select(self, memory, data, weights, step, key):
         return *self._block(data, weights, step % self.num_blocks), 1
@@ -250,7 +260,7 @@ class Incremental(AbstractAccumulation):
         return (blocks, objectives), Framed(total, blocks.frame), jnp.sum(objectives)
 
     def settles(self, step):
-        return step >= self.num_blocks
+        return True
 
 
 def _check_online(rate: Any, average_from: Any) -> None:
@@ -259,10 +269,8 @@ def _check_online(rate: Any, average_from: Any) -> None:
             f"learning rates must obey Robbins and Monro, Σ γ = ∞ and Σ γ² < ∞, or the average "
             f"never comes to rest; take Power(exponent) with ½ < exponent ≤ 1, got {rate!r}."
         )
-    if average_from is None:
-        return
-    if isinstance(average_from, bool) or not isinstance(average_from, int) or average_from < 1:
-        raise ValueError(f"average_from is the number of a step, 1 or more, got {average_from!r}.")
+    if average_from is not None:
+        check_count("average_from, a step,", average_from)
 
 
 def scaled(times: Any, new: Framed, objective: Array) -> tuple[Framed, Array]:

@@ -91,6 +91,12 @@ def check_values(ok: ArrayLike, message: str) -> None:
         raise ValueError(message)
 
 
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raises unless `value` is an integer, at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer ≥ {least}, got {value!r}.")
+
+
 def check_nonnegative(name: str, value: Any) -> None:
     """Raises unless `value` is one number, and not negative where that is known."""
     number = isinstance(value, int | float) or (

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxem._accumulation import AbstractAccumulation, Full, scaled
-from jaxem._guard import is_local, no_worse
+from jaxem._guard import is_local, knows_slope_alone, no_worse
 from jaxem._hold import with_held
 from jaxem._model import AbstractModel
 from jaxem._posterior import AbstractExpectation, Exact
@@ -24,9 +24,14 @@ from jaxem._units import total_weight
 
 
 class AbstractMaximization(eqx.Module):
-    """The M-step of an algorithm. `ascends` says whether it never lowers Q."""
+    """The M-step of an algorithm.
+
+    `ascends` says whether it never lowers Q; `objective`, whether it asks for the objective
+    itself, beyond what the statistics say.
+    """
 
     ascends: eqx.AbstractVar[bool]
+    objective: eqx.AbstractVar[bool]
 
     @abc.abstractmethod
     def init(self, model: AbstractModel) -> PyTree[Array]:
@@ -50,6 +55,7 @@ class ClosedForm(AbstractMaximization):
     """The model's own `m_step`."""
 
     ascends: ClassVar[bool] = True
+    objective: ClassVar[bool] = False
 
     def init(self, model):
         return None
@@ -90,9 +96,19 @@ class AbstractAlgorithm(eqx.Module):
     def exact(self) -> bool:
         """Whether a state's statistics and objective are those of all the data at its model."""
 
+    @property
+    @abc.abstractmethod
+    def steady(self) -> bool:
+        """Whether changes shrink from step to step by EM's own rate of convergence."""
+
+    @property
+    @abc.abstractmethod
+    def period(self) -> int:
+        """How many steps it takes to look at all the data."""
+
     @abc.abstractmethod
     def settles(self, step: Int[Array, ""]) -> Bool[Array, ""] | bool:
-        """Whether a step that hardly moves can mean that the fit has converged."""
+        """Whether `period` steps that hardly move can mean that the fit has converged."""
 
     @abc.abstractmethod
     def em_map(self) -> Any:
@@ -134,6 +150,11 @@ class AbstractAlgorithm(eqx.Module):
     ) -> Any:
         """The model that a fit returns after its last step: the state's, or one of averages."""
 
+    @property
+    @abc.abstractmethod
+    def closing(self) -> AbstractExpectation:
+        """The E-step over all the data that a fit ends with, where a state's is not that."""
+
 
 class EM(AbstractAlgorithm):
     """Expectation–maximisation.
@@ -157,7 +178,12 @@ class EM(AbstractAlgorithm):
         ):
             value = getattr(self, slot)
             if not isinstance(value, kind):
-                raise ValueError(f"EM takes an {slot} such as {example}, got {value!r}.")
+                raise ValueError(f"the {slot} of EM is one such as {example}, got {value!r}.")
+        if self.maximization.objective and not self.accumulation.exact:
+            raise ValueError(
+                f"{type(self.accumulation).__name__} shows an M-step a part of the data, whose "
+                "objective is not that of all: climb Q, with objective=False, or use Full()."
+            )
 
     @property
     def ascends(self) -> bool:
@@ -167,6 +193,14 @@ class EM(AbstractAlgorithm):
     @property
     def exact(self) -> bool:
         return self.accumulation.exact and self.expectation.deterministic
+
+    @property
+    def steady(self) -> bool:
+        return self.exact
+
+    @property
+    def period(self) -> int:
+        return self.accumulation.period
 
     def settles(self, step):
         return self.expectation.settles(step) & self.accumulation.settles(step)
@@ -181,6 +215,12 @@ class EM(AbstractAlgorithm):
                 f"{type(self.accumulation).__name__} remembers statistics of earlier models, but "
                 "part of this model has none that hold beyond the model they were taken about; "
                 "use Full()."
+            )
+        if not self.expectation.deterministic and knows_slope_alone(model):
+            raise ValueError(
+                f"part of this model knows the slope of Q alone, so that a step along it must be "
+                f"judged by the objective, and {type(self.expectation).__name__} has none that "
+                "two models share; use Exact()."
             )
 
         def evaluate(data: Any, weights: Any, key: Any) -> tuple[Framed, Float[Array, ""]]:
@@ -198,9 +238,11 @@ class EM(AbstractAlgorithm):
         def expect(model: AbstractModel) -> State:
             return self.expect(model, state, data, weights=weights, prior=prior, key=key)
 
-        if self.ascends and self.exact and is_local(model):
-            return no_worse(expect, state, expect(model), prior, total_weight(data, weights))
-        return expect(model)
+        if not (self.exact and is_local(model)):
+            return expect(model)
+        # Where the objective changes from step to step, this step's judges both ends.
+        old = state if self.ascends else expect(state.model)
+        return no_worse(expect, old, expect(model), prior, total_weight(data, weights))
 
     def finish(self, state, data, *, weights=None, prior=None, key=None):
         last = self.accumulation.last(state.accumulation)
@@ -208,6 +250,10 @@ class EM(AbstractAlgorithm):
             return state.model
         state = eqx.tree_at(lambda s: s.statistics, state, last)
         return self.maximize(state, data, weights=weights, prior=prior, key=key)[0]
+
+    @property
+    def closing(self) -> AbstractExpectation:
+        return self.expectation.closing
 
     def maximize(
         self,

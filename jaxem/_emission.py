@@ -32,10 +32,12 @@ class AbstractEmission(eqx.Module):
 
     `has_sufficient_statistics` is False where the sums know Q only near the model they were taken
     about (regressions with a link function): steps are then guarded by the objective.
+    `has_curvature` is False where they know no more than the slope there.
     """
 
     natural: eqx.AbstractClassVar[dict[str, tuple[str, ...]]]
     has_sufficient_statistics: ClassVar[bool] = True
+    has_curvature: ClassVar[bool] = True
     held: eqx.AbstractVar[Held]
 
     def __repr__(self) -> str:

@@ -178,6 +178,7 @@ class _Carry(eqx.Module):
     state: State
     change: Float[Array, ""]
     error: Float[Array, ""]
+    still: Int[Array, ""]  # the steps that hardly moved, one after another
     history: Float[Array, " max_steps+1"]
     result: RESULTS
     unfinished: Bool[Array, ""]
@@ -208,7 +209,8 @@ def _fit(
         history = blank.at[0].set(state.objective)
         going = (result == RESULTS.max_steps_reached) & (max_steps > 0)
         nan = jnp.full_like(state.objective, jnp.nan)
-        return _Carry(state, nan, nan, history, result, going)
+        none = jnp.zeros((), jnp.int32)
+        return _Carry(state, nan, nan, none, history, result, going)
 
     def step(state: State, inputs: _Inputs) -> State:
         _, data, weights, prior, *_ = inputs
@@ -227,14 +229,15 @@ def _fit(
         # Changes as small as rounding have no rate: keep the last estimate that had one.
         resolution = _resolution(new.statistics) / total
         noise = (change <= 10 * resolution) & jnp.isfinite(carry.error)
-        error = jnp.where(noise, carry.error, error)
+        error = jnp.where(noise, carry.error, error) if algorithm.steady else carry.error
 
         rounding = jnp.finfo(gain.dtype).eps * (jnp.abs(old.objective) + total)
         finite = jnp.isfinite(new.objective) & jnp.isfinite(change)
         fell = jnp.asarray(algorithm.ascends) & (gain < -300 * rounding)
-        still = change <= jnp.maximum(tol, resolution)
-        settled = (tol > 0) & still & (jnp.abs(gain) <= jnp.maximum(tol * total, 10 * rounding))
-        settled = settled & algorithm.settles(new.step)
+        still = (tol > 0) & (change <= jnp.maximum(tol, resolution))
+        still = still & (jnp.abs(gain) <= jnp.maximum(tol * total, 10 * rounding))
+        still = jnp.where(still & algorithm.settles(new.step), carry.still + 1, 0)
+        settled = still >= algorithm.period
         failed = ~finite | fell
         result = RESULTS.where(settled, RESULTS.converged, carry.result)
         result = RESULTS.where(fell, RESULTS.decreased, result)
@@ -247,6 +250,7 @@ def _fit(
             state=jax.tree.map(lambda a, b: jnp.where(failed, a, b), old, new),
             change=jnp.where(failed, carry.change, change),
             error=jnp.where(failed, carry.error, error),
+            still=still,
             history=carry.history.at[new.step].set(written),
             result=result,
             unfinished=~(failed | settled) & (new.step < max_steps),
@@ -266,7 +270,7 @@ def _fit(
     key = inputs.key_at(state.step + 1)
     model = algorithm.finish(state, data, weights=weights, prior=prior, key=key)
     if not (algorithm.exact and algorithm.ascends):
-        statistics, log_likelihood = model.e_step(data, weights, posterior=Exact())
+        statistics, log_likelihood = algorithm.closing(model, data, weights, state.step, None)
         objective = (
             log_likelihood if prior is None else (log_likelihood + model.expected_log_prob(prior))
         )

@@ -25,11 +25,17 @@ _HALVINGS = 30
 
 def is_local(model: Any) -> bool:
     """Whether some part of the model says that its statistics are not sufficient."""
+    return _some_part_denies(model, "has_sufficient_statistics")
 
-    def says(node: Any) -> bool:
-        return not getattr(node, "has_sufficient_statistics", True)
 
-    return any(map(says, jax.tree.leaves(model, is_leaf=says)))
+def knows_slope_alone(model: Any) -> bool:
+    """Whether some part of the model says that it does not know how far a step should go."""
+    return _some_part_denies(model, "has_curvature")
+
+
+def _some_part_denies(model: Any, property_: str) -> bool:
+    denies = lambda node: not getattr(node, property_, True)  # noqa: E731
+    return any(map(denies, jax.tree.leaves(model, is_leaf=denies)))
 
 
 def no_worse(

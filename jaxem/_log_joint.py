@@ -50,6 +50,7 @@ class LogJointModel(AbstractJointModel):
     """A model made of a log-joint and its parameters; see `from_log_joint`."""
 
     has_sufficient_statistics: ClassVar[bool] = False
+    has_curvature: ClassVar[bool] = False
     params: PyTree
     function: Callable[..., Any] = eqx.field(static=True)
 

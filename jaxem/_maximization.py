@@ -12,6 +12,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
+from jaxem._checks import check_count
 from jaxem._em import AbstractMaximization
 from jaxem._guard import is_local
 from jaxem._hold import free_numbers, freeze, natural_names
@@ -42,8 +43,7 @@ class Gradient(AbstractMaximization):
     def __check_init__(self):
         if not (hasattr(self.optimiser, "init") and hasattr(self.optimiser, "update")):
             raise ValueError(f"Gradient takes an Optax optimiser, got {self.optimiser!r}.")
-        if isinstance(self.num_steps, bool) or self.num_steps < 1:
-            raise ValueError(f"Gradient takes one step or more, got {self.num_steps}.")
+        check_count("num_steps", self.num_steps)
 
     def init(self, model):
         return _strongly_typed(self.optimiser.init(free_numbers(model)[0]))
@@ -94,7 +94,7 @@ class Conditional(AbstractMaximization):
     Gradient(optax.lbfgs())))`. A block whose M-step climbs the objective makes it ECME.
 
     **Raises:** `ValueError` for something else than such pairs, or, at the first step, for a
-    name that is not a natural parameter of the model.
+    name that is not a natural parameter of the model, or a parameter that is free and in no block.
 
     Meng & Rubin (1993), Biometrika 80; Liu & Rubin (1994), Biometrika 81.
     """
@@ -120,8 +120,21 @@ class Conditional(AbstractMaximization):
     def ascends(self) -> bool:
         return all(step.ascends for _, step in self.blocks)
 
+    @property
+    def objective(self) -> bool:
+        return any(step.objective for _, step in self.blocks)
+
     def init(self, model):
-        return tuple(step.init(_only(model, names)) for names, step in self.blocks)
+        blocks = tuple(step.init(_only(model, names)) for names, step in self.blocks)
+        covered = [name for names, _ in self.blocks for name in names]
+        kind = jax.tree.structure(model)
+        for name in natural_names(model):
+            if name not in covered and jax.tree.structure(freeze(model, name)) != kind:
+                raise ValueError(
+                    f"no block of Conditional moves {name!r}, which is free: add it to one, or say "
+                    f"that it stays by freeze(model, {name!r})."
+                )
+        return blocks
 
     def __call__(self, statistics, memory, evaluate):
         model, remembered = statistics.frame, []

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxem import chain
+from jaxem._checks import check_values
 from jaxem._schedules import AbstractSchedule, Geometric
 from jaxem._statistics import Framed
 
@@ -27,6 +28,11 @@ class AbstractExpectation(eqx.Module):
 
     ascends: eqx.AbstractVar[bool]
     deterministic: eqx.AbstractVar[bool]
+
+    @property
+    @abc.abstractmethod
+    def closing(self) -> "AbstractExpectation":
+        """What the exact pass that ends a fit uses: self, unless that is random or changes."""
 
     @abc.abstractmethod
     def __call__(
@@ -71,6 +77,10 @@ class Exact(AbstractPosterior):
     ascends: ClassVar[bool] = True
     deterministic: ClassVar[bool] = True
 
+    @property
+    def closing(self):
+        return self
+
     def __call__(self, model, data, weights, step, key):
         return model.e_step(data, weights, posterior=self, key=key)
 
@@ -100,6 +110,10 @@ class Hard(AbstractPosterior):
     ascends: ClassVar[bool] = True
     deterministic: ClassVar[bool] = True
 
+    @property
+    def closing(self):
+        return self
+
     def __call__(self, model, data, weights, step, key):
         return model.e_step(data, weights, posterior=self, key=key)
 
@@ -123,11 +137,20 @@ class Tempered(AbstractPosterior):
     Its objective is the free energy T Σ log Σₖ p(x, z = k)^(1/T).
 
     **Arguments:** `temperature`, positive.
+
+    **Raises:** `ValueError` for one that is not.
     """
 
     ascends: ClassVar[bool] = True
     deterministic: ClassVar[bool] = True
     temperature: Float[Array, ""] | float
+
+    def __check_init__(self):
+        check_values(jnp.asarray(self.temperature) > 0, "a temperature must be positive.")
+
+    @property
+    def closing(self):
+        return self
 
     def __call__(self, model, data, weights, step, key):
         return model.e_step(data, weights, posterior=self, key=key)
@@ -171,12 +194,26 @@ class Annealed(AbstractExpectation):
 
     **Arguments:** `temperature`, a schedule that ends at 1; default: from 5 by a factor of 0.9.
 
+    **Raises:** `ValueError` for something else than such a schedule.
+
     Ueda & Nakano (1998), Neural Networks 11.
     """
 
     ascends: ClassVar[bool] = False
     deterministic: ClassVar[bool] = True
     temperature: AbstractSchedule = Geometric(5.0, 0.9)
+
+    def __check_init__(self):
+        schedule = self.temperature
+        if not isinstance(schedule, AbstractSchedule) or schedule.known_at(2**30) != 1:
+            raise ValueError(
+                f"Annealed takes a schedule that ends at 1, such as Geometric(5.0, 0.9), got "
+                f"{schedule!r}; for one temperature throughout, write EM(Tempered(2.0))."
+            )
+
+    @property
+    def closing(self):
+        return Exact()
 
     def __call__(self, model, data, weights, step, key):
         posterior = Tempered(self.temperature(step))
@@ -191,6 +228,10 @@ class _OneDraw(AbstractPosterior):
 
     ascends: ClassVar[bool] = False
     deterministic: ClassVar[bool] = False
+
+    @property
+    def closing(self):
+        return Exact()
 
     def __call__(self, model, data, weights, step, key):
         return model.e_step(data, weights, posterior=self, key=key)
@@ -231,8 +272,15 @@ class Sampled(AbstractExpectation):
     def __check_init__(self):
         draws = self.num_draws
         counted = isinstance(draws, int) and not isinstance(draws, bool) and draws >= 1
-        if not (counted or isinstance(draws, AbstractSchedule)):
-            raise ValueError(f"Sampled takes a number of draws ≥ 1 or a schedule, got {draws!r}.")
+        grows = isinstance(draws, AbstractSchedule) and draws.known_at(1) > 0
+        if not (counted or grows):
+            raise ValueError(
+                f"Sampled takes a number of draws ≥ 1, or a schedule of them; got {draws!r}."
+            )
+
+    @property
+    def closing(self):
+        return Exact()
 
     def __call__(self, model, data, weights, step, key):
         if key is None:

@@ -26,6 +26,7 @@ def fit_restarts(
     num_polished: int = 5,
     weights: Float[Array, " n"] | None = None,
     prior: Framed | None = None,
+    key: Array | None = None,
     tol: float | None = None,
     max_steps: int = 1000,
     min_variance: float = 1e-3,
@@ -38,6 +39,7 @@ def fit_restarts(
     **Arguments:** as for `fit`, but
 
     - `models`: a model with one leading axis on every leaf, as `jax.vmap` over `init` gives.
+    - `key`: for algorithms that draw random numbers; each lane draws its own.
     - `short_steps`: if given, every start first takes only so many steps, and the
       `num_polished` best of those runs are then fitted to the end (emEM: Biernacki, Celeux &
       Govaert 2003, CSDA 41). The solutions are then those of the polished lanes.
@@ -49,14 +51,15 @@ def fit_restarts(
     data, weights = as_arrays(data), as_arrays(weights)
     num_lanes = _num_lanes(models)
     options: Any = (weights, prior, tol, min_variance)
+    short_key, key = (None, None) if key is None else jax.random.split(key)
     if short_steps is None:
-        return _fit_lanes(models, data, algorithm, options, max_steps)
+        return _fit_lanes(models, data, algorithm, options, key, max_steps)
     if not 1 <= num_polished <= num_lanes:
         raise ValueError(f"num_polished must be between 1 and {num_lanes}, got {num_polished}.")
-    runs = _fit_lanes(models, data, algorithm, options, short_steps)
+    runs = _fit_lanes(models, data, algorithm, options, short_key, short_steps)
     chosen = lane_order(runs)[:num_polished]
     models = jax.tree.map(lambda leaf: leaf[chosen], runs.model)
-    return _fit_lanes(models, data, algorithm, options, max_steps)
+    return _fit_lanes(models, data, algorithm, options, key, max_steps)
 
 
 @eqx.filter_jit
@@ -65,17 +68,22 @@ def _fit_lanes(
     data: PyTree[Array],
     algorithm: AbstractAlgorithm,
     options: Any,
+    key: Array | None,
     max_steps: int,
 ) -> Solution:
     weights, prior, tol, min_variance = options
+    lanes = _num_lanes(models)
+    keys = None if key is None else jax.random.split(key, lanes)
 
-    def one(model: AbstractModel) -> Solution:
+    def one(start: tuple[AbstractModel, Array | None]) -> Solution:
+        model, key = start
         return fit(
             model,
             data,
             algorithm,
             weights=weights,
             prior=prior,
+            key=key,
             tol=tol,
             max_steps=max_steps,
             min_variance=min_variance,
@@ -83,8 +91,8 @@ def _fit_lanes(
         )
 
     lane = jax.eval_shape(lambda m: jax.tree.map(lambda leaf: leaf[0], m), models)
-    batch = lanes_at_once(_num_lanes(models), num_units(data) * lane.width(data))
-    return lax.map(one, models, batch_size=batch)
+    batch = lanes_at_once(lanes, num_units(data) * lane.width(data))
+    return lax.map(one, (models, keys), batch_size=batch)
 
 
 def _num_lanes(models: AbstractModel) -> int:

@@ -8,8 +8,11 @@ from __future__ import annotations
 import abc
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from jaxem._checks import check_count
 
 
 class AbstractSchedule(eqx.Module):
@@ -18,9 +21,17 @@ class AbstractSchedule(eqx.Module):
     @abc.abstractmethod
     def __call__(self, step: Int[Array, ""]) -> Float[Array, ""]: ...
 
+    def known_at(self, step: int) -> float:
+        """The number at this step, while a program is being traced too."""
+        with jax.ensure_compile_time_eval():
+            return float(self(jnp.asarray(step)))
+
 
 class Constant(AbstractSchedule):
-    """The same number at every step."""
+    """The same number at every step.
+
+    **Arguments:** `value`, any number; what takes a schedule says which make sense.
+    """
 
     value: float = eqx.field(static=True)
 
@@ -33,9 +44,10 @@ class Power(AbstractSchedule):
 
     Σ γₜ = ∞ and Σ γₜ² < ∞ (Robbins & Monro) where ½ < exponent ≤ 1. During the first `burn_in`
     steps the rate is 1, and t counts from their end: what was averaged far from the end is
-    forgotten.
+    forgotten. It is never more than 1, where an offset below 1 begins.
 
-    **Raises:** `ValueError` for an exponent or an offset that is not positive.
+    **Raises:** `ValueError` for an exponent or an offset that is not positive, or a burn-in that
+    is no number of steps.
     """
 
     exponent: float = eqx.field(static=True, default=0.6)
@@ -43,13 +55,14 @@ class Power(AbstractSchedule):
     burn_in: int = eqx.field(static=True, default=0)
 
     def __check_init__(self):
-        if not (self.exponent > 0 and self.offset > 0 and self.burn_in >= 0):
+        check_count("burn_in", self.burn_in, 0)
+        if not (self.exponent > 0 and self.offset > 0):
             raise ValueError(f"Power needs a positive exponent and offset, got {self}.")
 
     def __call__(self, step):
         counted = jnp.maximum(step - self.burn_in, 0)
         rate = (counted + self.offset) ** -jnp.asarray(self.exponent, float)
-        return jnp.where(step < self.burn_in, 1, rate)
+        return jnp.where(step < self.burn_in, 1, jnp.minimum(rate, 1))
 
 
 class Geometric(AbstractSchedule):
@@ -65,7 +78,8 @@ class Geometric(AbstractSchedule):
     def __check_init__(self):
         if not (self.start > 0 and self.factor > 0 and self.end > 0):
             raise ValueError(f"Geometric needs positive numbers, got {self}.")
-        if self.start != self.end and (self.factor < 1) != (self.start > self.end):
+        away = self.factor >= 1 if self.start > self.end else self.factor <= 1
+        if self.start != self.end and away:
             raise ValueError(f"{self} never reaches its end.")
 
     def __call__(self, step):

@@ -6,6 +6,7 @@ units, so any expectation can run shard by shard instead, for every model alike.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import equinox as eqx
@@ -19,6 +20,7 @@ from jaxem._em import EM, AbstractAlgorithm
 from jaxem._hold import replace
 from jaxem._posterior import AbstractExpectation
 from jaxem._statistics import Framed
+from jaxem._units import num_units
 
 
 class Sharded(AbstractExpectation):
@@ -43,10 +45,21 @@ class Sharded(AbstractExpectation):
     def deterministic(self) -> bool:
         return self.expectation.deterministic
 
+    @property
+    def closing(self) -> AbstractExpectation:
+        return Sharded(self.expectation.closing, self.mesh, self.axis)  # pyright: ignore
+
     def settles(self, step):
         return self.expectation.settles(step)
 
     def __call__(self, model, data, weights, step, key):
+        names = self.axis if isinstance(self.axis, tuple) else (self.axis,)
+        devices = math.prod(self.mesh.shape[name] for name in names)
+        if num_units(data) % devices:
+            raise ValueError(
+                f"a batch of {num_units(data)} units cannot be spread evenly over {devices} "
+                "devices: choose its size, or the number of blocks, to suit."
+            )
         units, whole = PartitionSpec(self.axis), PartitionSpec()
 
         def shard(model: Any, data: Any, weights: Any, step: Array, key: Any) -> Any:
@@ -70,12 +83,18 @@ def on_shards(algorithm: AbstractAlgorithm, data: PyTree[Array]) -> AbstractAlgo
     """The algorithm, with its E-step done shard by shard if the data are sharded."""
     where = [_units_sharding(leaf) for leaf in jax.tree.leaves(data)]
     where = {found for found in where if found is not None}
-    if not where or not isinstance(algorithm, EM) or isinstance(algorithm.expectation, Sharded):
-        return algorithm
     if len(where) > 1:
         raise ValueError(f"the leaves of data are sharded differently along their units: {where}.")
+    return _spread(algorithm, *where.pop()) if where else algorithm
+
+
+def _spread(algorithm: Any, mesh: Mesh, axis: Any) -> Any:
+    if isinstance(inner := getattr(algorithm, "em", None), AbstractAlgorithm):
+        return replace(algorithm, em=_spread(inner, mesh, axis))
+    if not isinstance(algorithm, EM) or isinstance(algorithm.expectation, Sharded):
+        return algorithm
     # pyright takes the abstract variables of an expectation for fields.
-    sharded = Sharded(algorithm.expectation, *where.pop())  # pyright: ignore
+    sharded = Sharded(algorithm.expectation, mesh, axis)  # pyright: ignore
     return replace(algorithm, expectation=sharded)
 
 

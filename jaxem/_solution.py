@@ -61,8 +61,9 @@ class Solution(eqx.Module):
     - `log_likelihood`: the objective without the prior.
     - `history`: the objective after 0, 1, … steps; NaN after `num_steps`.
     - `error`: estimated distance of the statistics, per unit of weight, from the fixed point:
-      change · ρ / (1 − ρ), with ρ the ratio of the last two changes. NaN before two steps, inf
-      while changes do not shrink.
+      change · ρ / (1 − ρ), with ρ the ratio of the last two changes. NaN before two steps, and
+      where their ratio means nothing (accelerated, incremental and random steps); inf while
+      changes do not shrink.
     - `result`: a member of `RESULTS`.
     - `set_aside`: how many lanes with a higher objective `best` passed over.
     """
@@ -158,10 +159,12 @@ def summary(solution: Solution) -> str:
         names = list(np.ravel(result_name(solution.result)))
         ended = ", ".join(f"{names.count(n)} {n}" for n in result_names() if n in names)
         return f"Solutions of {np.size(solution.objective)} fits: {ended}"
+    error = float(solution.error)
     lines = [
         f"Solution: {result_name(solution.result)} after {int(solution.num_steps)} steps",
         f"  log-likelihood {float(solution.log_likelihood):.6g}, objective "
-        f"{float(solution.objective):.6g}, estimated error {float(solution.error):.1e}",
+        f"{float(solution.objective):.6g}"
+        + ("" if np.isnan(error) else f", estimated error {error:.1e}"),
     ]
     if int(solution.set_aside):
         lines.append(f"  {int(solution.set_aside)} higher but unsound fits were set aside")

@@ -85,6 +85,7 @@ class GradientEmission(AbstractEmission):
 
     natural: ClassVar[dict[str, tuple[str, ...]]] = {"params": ("params",)}
     has_sufficient_statistics: ClassVar[bool] = False
+    has_curvature: ClassVar[bool] = False
     params: Float[Array, "k p"]  # the floating arrays of each module, end to end
     structure: _Structure = eqx.field(static=True)
     held: Held = eqx.field(static=True)

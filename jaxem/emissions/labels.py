@@ -6,7 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxem._checks import check_shape
+from jaxem._checks import check_count, check_shape
 from jaxem._emission import AbstractEmission
 from jaxem._hold import Held, replace
 from jaxem._statistics import Framed
@@ -32,8 +32,7 @@ class Labels(AbstractEmission):
     held: Held = eqx.field(static=True)
 
     def __init__(self, num_components: int):
-        if isinstance(num_components, bool) or num_components < 1:
-            raise ValueError(f"Labels needs one component or more, got {num_components}.")
+        check_count("num_components", num_components)
         self.size, self.held = num_components, ()
 
     @property

@@ -2,7 +2,9 @@
 
 With regressions as components it is a mixture of experts, with categories a latent class model with
 covariates. E-step: that of a mixture, with log πₖ(v) a function of the gate's coefficients. M-step:
-a Newton step of the gate's multinomial logistic regression, and the emission's `maximize`.
+a Newton step of the gate's multinomial logistic regression, and the emission's `maximize`. The
+gate's sums are about the mean and scale of the covariates, ṽ = (1, (v − c)/s), as those of
+regressions are (`emissions/_inputs.py`).
 
 Jacobs, Jordan, Nowlan & Hinton (1991), Neural Computation 3; Jordan & Jacobs (1994), Neural
 Computation 6; Bandeen-Roche, Miglioretti, Zeger & Rathouz (1997), JASA 92 (latent classes).
@@ -22,7 +24,7 @@ from numpy.typing import ArrayLike
 from jaxem import _linalg as la
 from jaxem._checks import check_continuous, check_shape, check_values
 from jaxem._emission import AbstractEmission, Emission, finite, log_prob, width
-from jaxem._hold import Held, free, natural_parameters, replace, update
+from jaxem._hold import Held, free, held_mask, natural_parameters, replace, update
 from jaxem._joint import AbstractJointModel, sums_of_joint
 from jaxem._model import all_finite
 from jaxem._posterior import AbstractPosterior
@@ -30,17 +32,18 @@ from jaxem._repr import describe
 from jaxem._statistics import Framed
 from jaxem._units import num_units
 from jaxem.emissions._common import as_float, pseudo_count
-from jaxem.emissions._inputs import along, free_coefficients, share_within, solve_free
+from jaxem.emissions._inputs import InputFrame, along, share_within, solve_free
 from jaxem.models.mixture import Mixture
 
 
 class GateSums(NamedTuple):
-    """Q of a gate about its frame θ₀: value + score·δ − ½ δᵀ H δ with δ = θ − θ₀."""
+    """Q of a gate about its frame θ₀: value + score·δ − ½ δᵀ H δ with δ = θ − θ₀, θ those of ṽ."""
 
     value: Float[Array, ""]
     units: Float[Array, ""]
     score: Float[Array, "k q"]
     curvature: Float[Array, "kq kq"]
+    moments: Float[Array, "q q"]  # Σ ṽ ṽᵀ
 
 
 class LogisticGate(eqx.Module):
@@ -50,7 +53,7 @@ class LogisticGate(eqx.Module):
     component taken off, whose own are zero.
 
     Where covariates separate the components there is no maximum, and coefficients grow for
-    ever: give a prior. In float32 covariates should be of order one.
+    ever: give a prior.
 
     **Arguments:** `weights` (k, p), `bias` (k,).
 
@@ -64,6 +67,7 @@ class LogisticGate(eqx.Module):
     has_sufficient_statistics: ClassVar[bool] = False
     slopes: Float[Array, "k p"]
     intercepts: Float[Array, " k"]
+    inputs: InputFrame  # one for all components
     held: Held = eqx.field(static=True)
 
     def __init__(self, weights: ArrayLike, bias: ArrayLike):
@@ -73,6 +77,7 @@ class LogisticGate(eqx.Module):
         check_shape("bias", self.intercepts, self.slopes.shape[:1])
         check_values(jnp.isfinite(self.slopes), "weights hold a NaN or an infinity.")
         check_values(jnp.isfinite(self.intercepts), "bias holds a NaN or an infinity.")
+        self.inputs = InputFrame.at_zero(self.slopes[None])
         self.held = ()
 
     def __repr__(self) -> str:
@@ -107,47 +112,58 @@ class LogisticGate(eqx.Module):
         """log P(z = k | v)."""
         return self.log_weights_at(self.coordinates(), v)
 
-    def _parameters(self) -> Float[Array, "k q"]:
-        return jnp.concatenate([self.intercepts[:, None], self.slopes], axis=1)
+    def _coefficients(self, slopes: Array, intercepts: Array) -> Float[Array, "k q"]:
+        """Those of ṽ."""
+        return self.inputs.coefficients(slopes[None], intercepts[None])[0]
 
-    def coordinates(self) -> tuple[Array, Array, Array]:
-        theta = self._parameters()
+    def coordinates(self) -> tuple[Array, Array, Array, Array]:
+        theta = self._coefficients(self.slopes, self.intercepts)
         zeros = jnp.zeros((theta.size, theta.size), theta.dtype)
-        return theta, zeros[0, 0], zeros
+        q = theta.shape[1]
+        return theta, zeros[0, 0], zeros, zeros[:q, :q]
 
     def log_weights_at(self, coordinates: Any, v: Float[Array, "n p"]) -> Float[Array, "n k"]:
-        theta, constant, quadratic = coordinates
+        theta, constant, quadratic, moments = coordinates
         k, q = theta.shape
-        ones = jnp.ones((v.shape[0], 1), theta.dtype)
-        u = jnp.concatenate([ones, v.astype(theta.dtype)], axis=1)
-        log_weights = jax.nn.log_softmax(la.matmul(u, theta.T), axis=1)
-        # zero; its cotangent is ½ Σ r (diag π − π πᵀ) ⊗ u uᵀ, as `along` says
+        u = self.inputs.standardized(v)[0]
+        log_weights = jax.nn.log_softmax(la.matmul(u.T, theta.T), axis=1)
+        # zero; its cotangents are ½ Σ r (diag π − π πᵀ) ⊗ ṽ ṽᵀ and ½ Σ ṽ ṽᵀ, as `along` says
         pi = jnp.exp(log_weights).T
         own = jnp.einsum("kikj->kij", quadratic.reshape(k, q, k, q))
-        square = jnp.sum(pi * along(own, u.T), axis=0)
-        mean = (pi[:, None] * u.T).reshape(k * q, -1)
-        return log_weights + (square - along(quadratic, mean) + constant)[:, None]
+        square = jnp.sum(pi * along(own, u), axis=0)
+        mean = (pi[:, None] * u).reshape(k * q, -1)
+        zero = square - along(quadratic, mean) + along(moments, u) + constant
+        return log_weights + zero[:, None]
 
     def statistics(self, cotangents: Any) -> GateSums:
-        score, units, quadratic = cotangents
-        return GateSums(jnp.zeros((), score.dtype), units, score, quadratic + quadratic.T)
+        score, units, quadratic, moments = cotangents
+        zero = jnp.zeros((), score.dtype)
+        return GateSums(zero, units, score, quadratic + quadratic.T, moments + moments.T)
 
     def reframe(self, sums: GateSums, old: Self) -> GateSums:
-        step = self._parameters() - old._parameters()
-        pull = la.apply(sums.curvature, step.reshape(-1)).reshape(step.shape)
-        value = sums.value + jnp.sum(step * (sums.score - 0.5 * pull))
-        return GateSums(value, sums.units, sums.score - pull, sums.curvature)
+        turn = self.inputs.turn_from(old.inputs)[0]
+        turns = jnp.kron(jnp.eye(self.num_components, dtype=turn.dtype), turn)
+        score = la.matmul(sums.score, turn.T)
+        curvature = la.matmul(la.matmul(turns, sums.curvature), turns.T)
+        moments = la.matmul(la.matmul(turn, sums.moments), turn.T)
+        step = self._coefficients(self.slopes - old.slopes, self.intercepts - old.intercepts)
+        pull = la.apply(curvature, step.reshape(-1)).reshape(step.shape)
+        value = sums.value + jnp.sum(step * (score - 0.5 * pull))
+        return GateSums(value, sums.units, score - pull, curvature, moments)
 
     def maximize(self, sums: GateSums) -> Self:
         """A Newton step within what is free, no longer than the quadratic can be trusted."""
-        k, p = self.slopes.shape
-        directions = jnp.diag(free_coefficients(self, p).reshape(-1).astype(sums.score.dtype))
-        score = sums.score.reshape(1, -1)
-        step = solve_free(sums.curvature, score, directions)[0]
+        (k, q), eye = sums.score.shape, jnp.eye(self.num_components, dtype=sums.score.dtype)
+        own = jnp.broadcast_to(self.inputs.directions(self), (k, q, q))
+        directions = jnp.einsum("kij,kl->kilj", own, eye).reshape(k * q, k * q)
+        step = solve_free(sums.curvature, sums.score.reshape(1, -1), directions)[0]
         reach = jnp.sum(step * la.apply(sums.curvature, step))
         share = share_within(reach, _LONGEST**2 * sums.units)
-        moved = self._parameters() + (share * step).reshape(k, p + 1)
-        return update(self, intercepts=moved[:, 0], slopes=moved[:, 1:])
+        slopes, intercepts = self.inputs.uncentred((share * step).reshape(1, k, q))
+        new = update(
+            self, slopes=self.slopes + slopes[0], intercepts=self.intercepts + intercepts[0]
+        )
+        return replace(new, inputs=self.inputs.moved(sums.moments[None]))
 
     def expected_log_prob(self, sums: GateSums) -> Float[Array, ""]:
         return sums.value
@@ -164,10 +180,12 @@ class LogisticGate(eqx.Module):
         others = pseudo_count("precision", precision, self.slopes)
         diagonal = jnp.concatenate([own[:, None], others], axis=1)
         zero = jax.tree.map(jnp.zeros_like, (self.slopes, self.intercepts))
-        frame = replace(self, slopes=zero[0], intercepts=zero[1])
-        zeros = jnp.zeros_like(diagonal)
-        curvature = jnp.diag(diagonal.reshape(-1))
-        return Framed(GateSums(zeros[0, 0], zeros[0, 0], zeros, curvature), frame)
+        inputs = InputFrame.at_zero(self.slopes[None])
+        frame = replace(self, slopes=zero[0], intercepts=zero[1], inputs=inputs)
+        score, curvature = jnp.zeros_like(diagonal), jnp.diag(diagonal.reshape(-1))
+        zeros, q = jnp.zeros_like(curvature), score.shape[1]
+        sums = GateSums(zeros[0, 0], zeros[0, 0], score, curvature, zeros[:q, :q])
+        return Framed(sums, frame)
 
 
 _LONGEST = 1.0  # root mean square of a step's change of the log-odds
@@ -204,6 +222,11 @@ class MixtureOfExperts(AbstractJointModel, Generic[Emission]):
         """A start from a mixture: its weights, whatever the covariates."""
         if not isinstance(mixture, Mixture):
             raise ValueError(f"from_mixture expects a Mixture, got {type(mixture).__name__}.")
+        if held_mask(mixture, "weights") is not False:
+            raise ValueError(
+                "the weights of this mixture are frozen, and those of experts depend on "
+                "covariates: unfreeze them, and freeze what should stay in the gate."
+            )
         logits = la.floored_log(mixture.weights)
         slopes = jnp.zeros((len(logits), num_covariates), logits.dtype)
         return cls(LogisticGate(slopes, logits - logits[-1]), mixture.components)

@@ -435,6 +435,11 @@ class HMM(AbstractModel, Generic[Emission]):
         """
         if not isinstance(mixture, Mixture):
             raise ValueError(f"from_mixture expects a Mixture, got {type(mixture).__name__}.")
+        if held_mask(mixture, "weights") is not False:
+            raise ValueError(
+                "the weights of this mixture are frozen, and an HMM has none: unfreeze them, and "
+                "freeze what should stay in the HMM."
+            )
         weights = mixture.weights
         eye = jnp.eye(len(weights), dtype=weights.dtype)
         matrix = stay * eye + (1 - stay) * weights

@@ -1,7 +1,5 @@
 """How the state of a Markov chain moves on: matrices, and matrices driven by inputs."""
 
-from __future__ import annotations
-
 import abc
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple, Self
