@@ -20,8 +20,9 @@ from jaxtyping import Array, PyTree
 
 from jaxem import _linalg as la
 from jaxem._checks import check_count
-from jaxem._em import EM, AbstractAlgorithm, State
+from jaxem._em import EM, AbstractAlgorithm, State, with_memory
 from jaxem._emission import float_dtype
+from jaxem._guard import knows_slope_alone
 from jaxem._hold import estimates, free_numbers
 from jaxem._posterior import Annealed
 
@@ -47,22 +48,22 @@ class _Accelerated(AbstractAlgorithm):
     def period(self) -> int:
         return self.em.period
 
-    def settles(self, step):
-        return self.em.settles(step)
+    def settles(self, state):
+        return self.em.settles(with_memory(state, state.maximization[0]))
 
     def em_map(self):
         return self.em.em_map()
 
     def init(self, model, data, *, weights=None, prior=None, key=None):
         state = self.em.init(model, data, weights=weights, prior=prior, key=key)
-        return _with_memory(state, (state.maximization, self._start(model)))
+        return with_memory(state, (state.maximization, self._start(model)))
 
     def step(self, state, data, *, weights=None, prior=None, key=None):
         inner, own = state.maximization
         given: dict[str, Any] = {"weights": weights, "prior": prior, "key": key}
-        new, own = self._step(_with_memory(state, inner), own, data, given)
+        new, own = self._step(with_memory(state, inner), own, data, given)
         new = eqx.tree_at(lambda s: s.step, new, state.step + 1)
-        return _with_memory(new, (new.maximization, own))
+        return with_memory(new, (new.maximization, own))
 
     def finish(self, state, data, *, weights=None, prior=None, key=None):
         return state.model
@@ -70,6 +71,16 @@ class _Accelerated(AbstractAlgorithm):
     @property
     def closing(self):
         return self.em.closing
+
+    def _em_point(self, state: State, data: Any, given: dict[str, Any]) -> tuple[Any, Any]:
+        """Where EM would go, and what its maximization remembers.
+
+        A step that only the objective can judge is a whole one, guarded; else an M-step.
+        """
+        if knows_slope_alone(state.model):
+            new = self.em.step(state, data, **given)
+            return new.model, new.maximization
+        return self.em.maximize(state, data, **given)
 
     @abc.abstractmethod
     def _start(self, model: Any) -> PyTree[Array]:
@@ -92,10 +103,6 @@ def _check_em(em: Any, name: str) -> None:
             else "extrapolating random steps multiplies their noise: use Full() and Exact()"
         )
         raise ValueError(f"{name} needs a deterministic, monotone EM over all the data; {reason}.")
-
-
-def _with_memory(state: State, memory: PyTree[Array]) -> State:
-    return eqx.tree_at(lambda s: s.maximization, state, memory, is_leaf=lambda leaf: leaf is None)
 
 
 def _is_as_good(new: State, old: State) -> Array:
@@ -129,6 +136,12 @@ def _magnitude(parameter: Array) -> Array:
     """The root mean square of a parameter: its unit, so that none has any."""
     square = jnp.mean(parameter**2)
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 1)
+
+
+def _length(vector: Array) -> Array:
+    """The Euclidean norm, with derivative 0 at 0."""
+    square = jnp.sum(vector**2)
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 
 
 def _measured(model: Any) -> Array:
@@ -165,19 +178,18 @@ class SQUAREM(_Accelerated):
 
     def _step(self, state, own, data, given):
         em, longest = self.em, own
-        start, rebuild = free_numbers(state.model)
+        start = ravel_pytree(state.model)[0]
         first = em.step(state, data, **given)
-        second_model, _ = em.maximize(first, data, **given)
+        second_model, _ = self._em_point(first, data, given)
         # A probability that vanishes stands still, while its logarithm runs away.
         unit = jax.tree.map(_magnitude, estimates(state.model))
         points = [
             ravel_pytree(jax.tree.map(jnp.divide, estimates(m), unit))[0]
             for m in (state.model, first.model, second_model)
         ]
-        bend = jnp.linalg.norm(points[2] - 2 * points[1] + points[0])
-        size = jnp.linalg.norm(points[1] - points[0])
+        bend, size = _length(points[2] - 2 * points[1] + points[0]), _length(points[1] - points[0])
         length = jnp.clip(jnp.where(bend > 0, size / jnp.where(bend > 0, bend, 1), 1), 1, longest)
-        one, two = ravel_pytree(first.model)[0], ravel_pytree(second_model)[0]
+        one, (two, rebuild) = ravel_pytree(first.model)[0], free_numbers(second_model)
         r, v = one - start, two - 2 * one + start
         proposed = _within_bounds(rebuild(start + 2 * length * r + length**2 * v))
 
@@ -216,10 +228,10 @@ class Overrelaxed(_Accelerated):
         return jnp.ones((), float_dtype(model))
 
     def _step(self, state, own, data, given):
-        start, rebuild = free_numbers(state.model)
-        model, memory = self.em.maximize(state, data, **given)
-        longer = _within_bounds(rebuild(start + own * (ravel_pytree(model)[0] - start)))
-        bold = self.em.expect(longer, _with_memory(state, memory), data, **given)
+        model, memory = self._em_point(state, data, given)
+        start, (end, rebuild) = ravel_pytree(state.model)[0], free_numbers(model)
+        longer = _within_bounds(rebuild(start + own * (end - start)))
+        bold = self.em.expect(longer, with_memory(state, memory), data, **given)
         good = _is_as_good(bold, state)
         new = _or_else(good, bold, lambda: self.em.step(state, data, **given))
         return new, jnp.where(good, self.growth * own, 1)
@@ -263,17 +275,16 @@ class Anderson(_Accelerated):
 
     def _step(self, state, own, data, given):
         em = self.em
-        _, rebuild = free_numbers(state.model)
-        model, memory = em.maximize(state, data, **given)
-        image, now = ravel_pytree(model)[0], _measured(state.model)
+        model, memory = self._em_point(state, data, given)
+        (image, rebuild), now = free_numbers(model), _measured(state.model)
         residual = _measured(model) - now
         own = own.remember(image, residual)
         proposed = _within_bounds(rebuild(image - own.correction(residual)))
         # EM's steps are too short, never too long: what is shorter still is rounding, and would
         # be taken for convergence.
-        longer = jnp.linalg.norm(_measured(proposed) - now) >= jnp.linalg.norm(residual)
+        longer = _length(_measured(proposed) - now) >= _length(residual)
         proposed = jax.tree.map(lambda a, b: jnp.where(longer, a, b), proposed, model)
-        bold = em.expect(proposed, _with_memory(state, memory), data, **given)
+        bold = em.expect(proposed, with_memory(state, memory), data, **given)
         good = _is_as_good(bold, state)
         new = _or_else(good, bold, lambda: em.step(state, data, **given))
         return new, eqx.tree_at(lambda m: m.accepted, own, own.accepted + good)
@@ -327,13 +338,21 @@ class _Memory(eqx.Module):
         share = 1 / (1 + 1.2 ** (25.0 - self.accepted))
         target = share * jnp.sum(solution(jnp.zeros_like(size)) ** 2)
 
+        def excess(log_ridge: Array) -> Array:
+            return jnp.sum(solution(jnp.exp(log_ridge)) ** 2) - target
+
         def halve(_: Any, ends: tuple[Array, Array]) -> tuple[Array, Array]:
             low, high = ends
             middle = 0.5 * (low + high)
-            over = jnp.sum(solution(jnp.exp(middle)) ** 2) > target
+            over = excess(middle) > 0
             return jnp.where(over, middle, low), jnp.where(over, high, middle)
 
-        top, span = jnp.log(size), -math.log(eps)
+        top, span = lax.stop_gradient(jnp.log(size)), -math.log(eps)
         low, high = lax.fori_loop(0, 40, halve, (top - 2 * span, top + span))
-        gamma = solution(jnp.exp(0.5 * (low + high)))
+        found = lax.stop_gradient(0.5 * (low + high))
+        # The loop knows no derivative of the root; a step of Newton's from there does.
+        left, slope = jax.jvp(excess, (found,), (jnp.ones_like(found),))
+        slope = lax.stop_gradient(slope)
+        newton = jnp.where(slope < 0, left / jnp.where(slope < 0, slope, 1), 0)
+        gamma = solution(jnp.exp(found - jnp.clip(newton, -1e-3, 1e-3)))
         return la.matmul(gamma, self.images)

@@ -36,11 +36,11 @@ class AbstractAccumulation(eqx.Module):
 
     @abc.abstractmethod
     def init(
-        self, evaluate: Evaluate, data: PyTree[Array], weights: Any, key: Any
+        self, model: Any, evaluate: Evaluate, data: PyTree[Array], weights: Any, key: Any
     ) -> tuple[PyTree[Array], Framed, Float[Array, ""]]:
         """Memory, statistics and objective before the first step.
 
-        `evaluate(data, weights, key)` gives statistics and objective about the start.
+        `evaluate(data, weights, key)` gives statistics and objective about the start, `model`.
         """
 
     @abc.abstractmethod
@@ -59,8 +59,11 @@ class AbstractAccumulation(eqx.Module):
     def settles(self, step: Int[Array, ""]) -> Bool[Array, ""] | bool:
         """Whether `period` steps that hardly move can mean that the fit has converged."""
 
-    def last(self, memory: PyTree[Array]) -> Framed | None:
-        """Statistics for an M-step that ends the fit; None: it ends where its last step led."""
+    def last(self, memory: PyTree[Array], step: Array) -> tuple[Framed, Bool[Array, ""]] | None:
+        """Statistics for an M-step that ends the fit, and whether there are such by this step.
+
+        None: it ends where its last step led.
+        """
         return None
 
 
@@ -71,7 +74,7 @@ class Full(AbstractAccumulation):
     exact: ClassVar[bool] = True
     period: ClassVar[int] = 1
 
-    def init(self, evaluate, data, weights, key):
+    def init(self, model, evaluate, data, weights, key):
         return None, *evaluate(data, weights, key)
 
     def select(self, memory, data, weights, step, key):
@@ -114,7 +117,7 @@ class Running(AbstractAccumulation):
         if self.population is not None and not self.population > 0:
             raise ValueError(f"the population has a positive weight, got {self.population!r}.")
 
-    def init(self, evaluate, data, weights, key):
+    def init(self, model, evaluate, data, weights, key):
         _, _, times = self.select(None, data, weights, jnp.zeros((), jnp.int32), None)
         return _remembered(*scaled(times, *evaluate(data, weights, key)), self.average_from)
 
@@ -129,8 +132,8 @@ class Running(AbstractAccumulation):
     def settles(self, step):
         return False
 
-    def last(self, memory):
-        return memory[2]
+    def last(self, memory, step):
+        return None if self.average_from is None else (memory[2], step >= self.average_from)
 
 
 class Minibatch(AbstractAccumulation):
@@ -160,7 +163,7 @@ class Minibatch(AbstractAccumulation):
         _check_online(self.rate, self.average_from)
         check_count("size", self.size)
 
-    def init(self, evaluate, data, weights, key):
+    def init(self, model, evaluate, data, weights, key):
         select_key, key = (None, None) if key is None else jax.random.split(key)
         start = jnp.zeros((), jnp.int32)
         data, weights, times = self.select(None, data, weights, start, select_key)
@@ -191,8 +194,8 @@ class Minibatch(AbstractAccumulation):
     def settles(self, step):
         return False
 
-    def last(self, memory):
-        return memory[2]
+    def last(self, memory, step):
+        return None if self.average_from is None else (memory[2], step >= self.average_from)
 
 
 class Incremental(AbstractAccumulation):
@@ -220,14 +223,16 @@ class Incremental(AbstractAccumulation):
     def period(self) -> int:
         return self.num_blocks
 
-    def init(self, evaluate, data, weights, key):
-        def block(index: Array) -> tuple[Framed, Array]:
+    def init(self, model, evaluate, data, weights, key):
+        def block(index: Array) -> tuple[PyTree[Array], Array]:
             part, w = self._block(data, weights, index)
-            return evaluate(part, w, None if key is None else jax.random.fold_in(key, index))
+            own = None if key is None else jax.random.fold_in(key, index)
+            new, objective = evaluate(part, w, own)
+            return new.sums, objective
 
-        blocks, objectives = lax.map(block, jnp.arange(self.num_blocks))
-        frame = jax.tree.map(lambda leaf: leaf[0], blocks.frame)
-        return self._total(Framed(blocks.sums, frame), objectives)
+        # without the barrier jax 0.10 cannot transpose the map inside an unrolled loop
+        sums, objectives = lax.optimization_barrier(lax.map(block, jnp.arange(self.num_blocks)))
+        return self._total(Framed(sums, model), objectives)
 
     def _block(self, data: PyTree[Array], weights: Any, index: Any) -> tuple[PyTree[Array], Any]:
         n = num_units(data)

@@ -20,18 +20,20 @@ from jaxem._hold import with_held
 from jaxem._model import AbstractModel
 from jaxem._posterior import AbstractExpectation, Exact
 from jaxem._statistics import Framed
-from jaxem._units import total_weight
+from jaxem._units import as_arrays, total_weight
 
 
 class AbstractMaximization(eqx.Module):
     """The M-step of an algorithm.
 
     `ascends` says whether it never lowers Q; `objective`, whether it asks for the objective
-    itself, beyond what the statistics say.
+    itself, beyond what the statistics say; `steady`, whether it is the same function of the
+    statistics at every step.
     """
 
     ascends: eqx.AbstractVar[bool]
     objective: eqx.AbstractVar[bool]
+    steady: eqx.AbstractVar[bool]
 
     @abc.abstractmethod
     def init(self, model: AbstractModel) -> PyTree[Array]:
@@ -50,15 +52,23 @@ class AbstractMaximization(eqx.Module):
         prior, and its objective, with the log-prior.
         """
 
+    @abc.abstractmethod
+    def settles(self, memory: PyTree[Array]) -> Bool[Array, ""] | bool:
+        """Whether an M-step that hardly moved can mean that the fit has converged."""
+
 
 class ClosedForm(AbstractMaximization):
     """The model's own `m_step`."""
 
     ascends: ClassVar[bool] = True
     objective: ClassVar[bool] = False
+    steady: ClassVar[bool] = True
 
     def init(self, model):
         return None
+
+    def settles(self, memory):
+        return True
 
     def __call__(self, statistics, memory, evaluate):
         return statistics.frame.m_step(statistics), memory
@@ -107,12 +117,12 @@ class AbstractAlgorithm(eqx.Module):
         """How many steps it takes to look at all the data."""
 
     @abc.abstractmethod
-    def settles(self, step: Int[Array, ""]) -> Bool[Array, ""] | bool:
-        """Whether `period` steps that hardly move can mean that the fit has converged."""
+    def settles(self, state: State) -> Bool[Array, ""] | bool:
+        """Whether `period` steps that hardly moved can mean that the fit has converged."""
 
     @abc.abstractmethod
     def em_map(self) -> Any:
-        """Plain EM with the same fixed points: what an implicit derivative differentiates."""
+        """Plain EM with the same fixed points: implicit derivatives are those of its `map`."""
 
     @abc.abstractmethod
     def init(
@@ -178,7 +188,8 @@ class EM(AbstractAlgorithm):
         ):
             value = getattr(self, slot)
             if not isinstance(value, kind):
-                raise ValueError(f"the {slot} of EM is one such as {example}, got {value!r}.")
+                got = f"{_shown(value)}{_place(value)}"
+                raise ValueError(f"the {slot} of EM is one such as {example}, got {got}.")
         if self.maximization.objective and not self.accumulation.exact:
             raise ValueError(
                 f"{type(self.accumulation).__name__} shows an M-step a part of the data, whose "
@@ -196,60 +207,82 @@ class EM(AbstractAlgorithm):
 
     @property
     def steady(self) -> bool:
-        return self.exact
+        return self.exact and self.maximization.steady
 
     @property
     def period(self) -> int:
         return self.accumulation.period
 
-    def settles(self, step):
-        return self.expectation.settles(step) & self.accumulation.settles(step)
+    def settles(self, state):
+        settled = self.expectation.settles(state.step) & self.accumulation.settles(state.step)
+        return settled & self.maximization.settles(state.maximization)
 
     def em_map(self):
         return EM(self.expectation, self.accumulation, ClosedForm())
 
     def init(self, model, data, *, weights=None, prior=None, key=None):
         step = jnp.zeros((), jnp.int32)
-        if not self.accumulation.exact and is_local(model):
+        data, weights = as_arrays(data), as_arrays(weights)
+        if not self.accumulation.exact and (part := is_local(model)):
             raise ValueError(
                 f"{type(self.accumulation).__name__} remembers statistics of earlier models, but "
-                "part of this model has none that hold beyond the model they were taken about; "
-                "use Full()."
+                f"those of {part} hold only near the model that they were taken about; use Full()."
             )
-        if not self.expectation.deterministic and knows_slope_alone(model):
+        if not self.expectation.deterministic and (part := knows_slope_alone(model)):
             raise ValueError(
-                f"part of this model knows the slope of Q alone, so that a step along it must be "
-                f"judged by the objective, and {type(self.expectation).__name__} has none that "
-                "two models share; use Exact()."
+                f"{part} knows the slope of Q alone, so that a step along it must be judged by "
+                f"the objective, and {type(self.expectation).__name__} has none that two models "
+                "share; use Exact()."
             )
 
         def evaluate(data: Any, weights: Any, key: Any) -> tuple[Framed, Float[Array, ""]]:
             return self.expectation(model, data, weights, step, key)
 
-        memory, statistics, log_likelihood = self.accumulation.init(evaluate, data, weights, key)
+        memory, statistics, log_likelihood = self.accumulation.init(
+            model, evaluate, data, weights, key
+        )
         objective = log_likelihood + _log_prior(model, prior)
         start = self.maximization.init(model)
         return State(statistics, log_likelihood, objective, step, memory, start)
 
     def step(self, state, data, *, weights=None, prior=None, key=None):
-        model, optimiser = self.maximize(state, data, weights=weights, prior=prior, key=key)
-        state = eqx.tree_at(lambda s: s.maximization, state, optimiser, is_leaf=lambda x: x is None)
+        if not isinstance(state, State):
+            raise ValueError(f"step takes the State that init gave, got {type(state).__name__}.")
+        data, weights = as_arrays(data), as_arrays(weights)
+        new = self.map(state, data, weights=weights, prior=prior, key=key)
+        if not (self.exact and is_local(state.model)):
+            return new
+        remembering = with_memory(state, new.maximization)
 
         def expect(model: AbstractModel) -> State:
-            return self.expect(model, state, data, weights=weights, prior=prior, key=key)
+            return self.expect(model, remembering, data, weights=weights, prior=prior, key=key)
 
-        if not (self.exact and is_local(model)):
-            return expect(model)
         # Where the objective changes from step to step, this step's judges both ends.
         old = state if self.ascends else expect(state.model)
-        return no_worse(expect, old, expect(model), prior, total_weight(data, weights))
+        return no_worse(expect, old, new, prior, total_weight(data, weights))
+
+    def map(
+        self,
+        state: State,
+        data: PyTree[Array],
+        *,
+        weights: Float[Array, " n"] | None = None,
+        prior: Framed | None = None,
+        key: Array | None = None,
+    ) -> State:
+        """A whole step, even where `step` takes less: the map whose fixed points are sought."""
+        given: Any = {"weights": weights, "prior": prior, "key": key}
+        model, memory = self.maximize(state, data, **given)
+        return self.expect(model, with_memory(state, memory), data, **given)
 
     def finish(self, state, data, *, weights=None, prior=None, key=None):
-        last = self.accumulation.last(state.accumulation)
-        if last is None:
+        found = self.accumulation.last(state.accumulation, state.step)
+        if found is None:
             return state.model
-        state = eqx.tree_at(lambda s: s.statistics, state, last)
-        return self.maximize(state, data, weights=weights, prior=prior, key=key)[0]
+        last, begun = found
+        at_mean = eqx.tree_at(lambda s: s.statistics, state, last)
+        model, _ = self.maximize(at_mean, data, weights=weights, prior=prior, key=key)
+        return jax.tree.map(lambda a, b: jnp.where(begun, a, b), model, state.model)
 
     @property
     def closing(self) -> AbstractExpectation:
@@ -299,13 +332,40 @@ class EM(AbstractAlgorithm):
         select_key, key = (None, None) if key is None else jax.random.split(key)
         step = state.step + 1
         data, weights, times = self.accumulation.select(
-            state.accumulation, data, weights, step, select_key
+            state.accumulation, as_arrays(data), as_arrays(weights), step, select_key
         )
 
         def e_step(model: AbstractModel) -> tuple[Framed, Float[Array, ""]]:
             return scaled(times, *self.expectation(model, data, weights, step, key))
 
         return step, e_step
+
+
+def _shown(value: Any) -> str:
+    return value.__name__ if isinstance(value, type) else type(value).__name__
+
+
+def _place(value: Any) -> str:
+    """Where something belongs that was given in another place."""
+    if isinstance(value, type) and issubclass(value, eqx.Module):
+        return f", a class: write {value.__name__}(…)"
+    if isinstance(value, AbstractAlgorithm):
+        return ", which goes around an EM, not into one"
+    if hasattr(value, "init") and hasattr(value, "update"):
+        return ": an Optax optimiser goes into maximization=Gradient(optimiser)"
+    for slot, kind in (
+        ("expectation", AbstractExpectation),
+        ("accumulation", AbstractAccumulation),
+        ("maximization", AbstractMaximization),
+    ):
+        if isinstance(value, kind):
+            return f": write {slot}={type(value).__name__}(…)"
+    return ""
+
+
+def with_memory(state: State, memory: PyTree[Array]) -> State:
+    """The state, with something else remembered by the maximization."""
+    return eqx.tree_at(lambda s: s.maximization, state, memory, is_leaf=lambda leaf: leaf is None)
 
 
 def _log_prior(model: Any, prior: Framed | None) -> Float[Array, ""] | float:

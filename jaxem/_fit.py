@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxem._adjoint import AbstractAdjoint, Implicit, Loop
 from jaxem._checks import check_nonnegative
 from jaxem._em import EM, AbstractAlgorithm, State
-from jaxem._emission import float_dtype
+from jaxem._emission import AbstractEmission, float_dtype
 from jaxem._model import AbstractModel
 from jaxem._posterior import AbstractExpectation, Exact
 from jaxem._sharding import on_shards
@@ -101,10 +103,7 @@ def fit(
     `equinox.EquinoxRuntimeError` for the outcomes above.
     """
     if not isinstance(model, AbstractModel):
-        raise ValueError(
-            f"fit expects a model such as jaxem.Mixture, got {type(model).__name__}; "
-            "two plain functions become one by jaxem.from_functions."
-        )
+        raise ValueError(_no_model(model))
     model, data, weights = checked(model, data, weights)
     _check_settings(algorithm, prior, tol, max_steps, min_variance, adjoint)
     dtype = float_dtype(model)
@@ -122,15 +121,43 @@ def fit(
         worthless = is_any(
             solution.result, RESULTS.nonfinite, RESULTS.invalid_data, RESULTS.invalid_weights
         )
+        if not isinstance(worthless, Tracer) and bool(worthless):
+            raise eqx.EquinoxRuntimeError(_what_is_wrong(solution.result, model, data, weights))
         solution = solution.result.error_if(solution, worthless)
     return solution
+
+
+def _what_is_wrong(result: RESULTS, model: AbstractModel, data: Any, weights: Any) -> str:
+    """The message of a result, and the units that it is about."""
+    message = RESULTS[result]
+    if bool(result == RESULTS.invalid_data):
+        fits = np.asarray(model.in_support(data))
+        wrong = np.flatnonzero(~fits if weights is None else ~fits & (np.asarray(weights) != 0))
+        first = ", ".join(map(str, wrong[:5])) + (", …" if len(wrong) > 5 else "")
+        message += f" Here: {len(wrong)} of {len(fits)} units, number {first}."
+    return message
+
+
+def _no_model(given: Any) -> str:
+    kind = given.__name__ if isinstance(given, type) else type(given).__name__
+    if isinstance(given, AbstractEmission):
+        advice = f"an emission becomes one by jaxem.Mixture(weights, {kind}(…))"
+    elif isinstance(given, Solution):
+        advice = "its model is solution.model"
+    elif isinstance(given, type):
+        advice = f"that is a class: {kind}.init(key, data, …) or {kind}(…) makes one"
+    elif hasattr(given, "shape"):
+        advice = "the model comes first, then the data"
+    else:
+        advice = "two plain functions become one by jaxem.from_functions"
+    return f"fit expects a model such as jaxem.Mixture, got {kind}; {advice}."
 
 
 def _check_settings(
     algorithm: Any, prior: Any, tol: Any, max_steps: Any, min_variance: Any, adjoint: Any
 ) -> None:
     if not isinstance(algorithm, AbstractAlgorithm):
-        advice = "EM(Hard())" if isinstance(algorithm, AbstractExpectation) else "EM()"
+        advice = "EM(Hard())" if isinstance(algorithm, AbstractExpectation) else "EM() or SQUAREM()"
         raise ValueError(f"the algorithm must be one such as {advice}, got {algorithm!r}.")
     if not isinstance(adjoint, AbstractAdjoint):
         raise ValueError(f"the adjoint must be one such as Implicit(), got {adjoint!r}.")
@@ -236,7 +263,7 @@ def _fit(
         fell = jnp.asarray(algorithm.ascends) & (gain < -300 * rounding)
         still = (tol > 0) & (change <= jnp.maximum(tol, resolution))
         still = still & (jnp.abs(gain) <= jnp.maximum(tol * total, 10 * rounding))
-        still = jnp.where(still & algorithm.settles(new.step), carry.still + 1, 0)
+        still = jnp.where(still & algorithm.settles(new), carry.still + 1, 0)
         settled = still >= algorithm.period
         failed = ~finite | fell
         result = RESULTS.where(settled, RESULTS.converged, carry.result)
@@ -259,7 +286,7 @@ def _fit(
     def em_step(state: State, inputs: _Inputs) -> State:
         _, data, weights, prior, *_ = inputs
         key = inputs.key_at(state.step + 1)
-        return algorithm.em_map().step(state, data, weights=weights, prior=prior, key=key)
+        return algorithm.em_map().map(state, data, weights=weights, prior=prior, key=key)
 
     unfinished = lambda carry: carry.unfinished  # noqa: E731
     loop = Loop(start, unfinished, advance, step, em_step, max_steps, algorithm.exact)

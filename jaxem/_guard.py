@@ -23,19 +23,20 @@ from jaxem._statistics import Framed
 _HALVINGS = 30
 
 
-def is_local(model: Any) -> bool:
-    """Whether some part of the model says that its statistics are not sufficient."""
-    return _some_part_denies(model, "has_sufficient_statistics")
+def is_local(model: Any) -> str:
+    """The part of the model that says that its statistics are not sufficient, if there is one."""
+    return _part_without("has_sufficient_statistics", model)
 
 
-def knows_slope_alone(model: Any) -> bool:
-    """Whether some part of the model says that it does not know how far a step should go."""
-    return _some_part_denies(model, "has_curvature")
+def knows_slope_alone(model: Any) -> str:
+    """The part of the model that says that it does not know how far a step should go, if any."""
+    return _part_without("has_curvature", model)
 
 
-def _some_part_denies(model: Any, property_: str) -> bool:
-    denies = lambda node: not getattr(node, property_, True)  # noqa: E731
-    return any(map(denies, jax.tree.leaves(model, is_leaf=denies)))
+def _part_without(flag: str, model: Any) -> str:
+    lacks = lambda node: not getattr(node, flag, True)  # noqa: E731
+    parts = [node for node in jax.tree.leaves(model, is_leaf=lacks) if lacks(node)]
+    return type(parts[0]).__name__ if parts else ""
 
 
 def no_worse(
@@ -66,7 +67,7 @@ def no_worse(
         share = carry[0] / 2
         return share, height(expect(_between(frozen, target, share)))
 
-    # no derivative passes through the search: at a fixed point the whole step is taken
+    # no derivative passes through the search: the share is constant almost everywhere
     start = jnp.ones_like(before), height(new)
     share, _ = lax.while_loop(too_long, halve, start)
     whole = share == 1

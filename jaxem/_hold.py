@@ -113,11 +113,32 @@ def natural_names(module: Any) -> list[str]:
 
 
 def free_numbers(model: _T) -> tuple[jax.Array, Callable[[jax.Array], _T]]:
-    """Unconstrained numbers of a model, and the way back, on which what is held stays."""
+    """Unconstrained numbers of a model, and the way back, on which all else stays.
+
+    All else is what is held, and leaves behind no natural parameter, such as frames of inputs.
+    """
     flat, unravel = ravel_pytree(model)
     ones, zeros = (unravel(jnp.full_like(flat, value)) for value in (1.0, 0.0))
-    free, _ = ravel_pytree(with_held(ones, zeros))
+    free, _ = ravel_pytree(with_held(_without_frames(ones), zeros))
     return flat, lambda numbers: unravel(jnp.where(free > 0, numbers, flat))
+
+
+def _without_frames(module: _T) -> _T:
+    """The module with zeros in leaves behind no natural parameter; one without names has none."""
+    if isinstance(module, tuple):
+        return tuple(map(_without_frames, module))  # pyright: ignore[reportReturnType]
+    if not hasattr(module, "natural"):
+        return module
+    behind = {leaf for leaves in module.natural.values() for leaf in leaves}  # pyright: ignore[reportAttributeAccessIssue]
+    changes = {}
+    for field in dataclasses.fields(module):  # pyright: ignore[reportArgumentType]
+        value = getattr(module, field.name)
+        has_parts = isinstance(value, tuple) and any(hasattr(part, "natural") for part in value)
+        if hasattr(value, "natural") or has_parts:
+            changes[field.name] = _without_frames(value)
+        elif field.name not in behind and not field.metadata.get("static", False):
+            changes[field.name] = jax.tree.map(jnp.zeros_like, value)
+    return replace(module, **changes)
 
 
 def estimates(model: Any) -> Any:
@@ -165,7 +186,8 @@ def _hold(module: Any, path: list[str], name: str, mask: Any, release: bool = Fa
     natural = getattr(module, "natural", {})
     if last not in natural:
         raise ValueError(
-            f"freeze: {name!r} is not a natural parameter; {_kind(module)} has {sorted(natural)}."
+            f"freeze: {name!r} is not a natural parameter; {_kind(module)} has "
+            f"{natural_names(module) if natural or hasattr(module, 'held') else []}."
         )
     if mask is not None:
         mask = tuple(bool(entry) for entry in np.asarray(mask).reshape(-1))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
-from jaxem._checks import check_weights
+from jaxem._checks import check_values, check_weights
 from jaxem._emission import AbstractEmission, build, float_dtype, log_prob
 from jaxem._units import map_over_units, num_units, substitute
 
@@ -38,6 +38,16 @@ def pooled(
     components = cls.pooled(data, num_components, weights, **keywords)
     components.check(data)
     return components
+
+
+def check_support(components: AbstractEmission, data: PyTree[Array], weights: Any) -> None:
+    """Raises `ValueError` if a unit that counts is known to be no possible observation."""
+    fits = components.in_support(data)
+    check_values(
+        fits if weights is None else fits | (weights == 0),
+        f"the data hold a NaN, an infinity or a value outside the support of "
+        f"{type(components).__name__}; give such units weight 0, or remove them.",
+    )
 
 
 def floating(data: PyTree[Array]) -> Any:
@@ -66,12 +76,16 @@ def seed(
     whole: Any = pooled(data, 1, family, weights)
     parts = getattr(whole, "components", None)
     if not isinstance(parts, AbstractEmission):
-        return _seed(key, data, whole, num_components, weights, method)
+        components = _seed(key, data, whole, num_components, weights, method)
+        check_support(components, data, weights)
+        return components
     size = parts.num_components  # each part of a mixture starts around a unit of its own
     if num_components * size > n:
         raise ValueError(f"{num_components} × {size} parts cannot start from {n} units.")
     alone = jax.tree.map(lambda leaf: leaf[:1], parts)
-    return whole.of(_seed(key, data, alone, num_components * size, weights, method, size))
+    located = _seed(key, data, alone, num_components * size, weights, method, size)
+    check_support(located, data, weights)
+    return whole.of(located)
 
 
 @eqx.filter_jit

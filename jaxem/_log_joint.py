@@ -80,6 +80,11 @@ class LogJointModel(AbstractJointModel):
         """Q near the model that the statistics were taken at, to first order."""
         return statistics.at(self).sums.value
 
+    @property
+    def num_free_parameters(self) -> int:
+        """All numbers in `params`, as AIC and BIC count them."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+
     def check(self, data: PyTree[Array]) -> None:
         n = num_units(data)
         shape = jax.eval_shape(self.function, self.params, data)

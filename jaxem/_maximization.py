@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxem._checks import check_count
 from jaxem._em import AbstractMaximization
@@ -21,8 +21,10 @@ from jaxem._hold import free_numbers, freeze, natural_names
 class Gradient(AbstractMaximization):
     """Generalised EM: a few steps of an Optax optimiser up Q, from where the model stands.
 
-    If Q ends lower than it began, the step is halved until it does not. Q is a sum over units:
-    the scale of a learning rate is that of their number, unless the optimiser adapts.
+    If Q ends lower than it began, the whole step is halved until it does not; the optimiser then
+    forgets, and the updates that follow are a quarter as long, growing again while Q rises. A
+    step that was halved never counts as converged. Q is a sum over units: the scale of a learning
+    rate is that of one over their number, unless the optimiser adapts.
 
     **Arguments:** `optimiser`, such as `optax.adam(1e-2)` or `optax.lbfgs()`; it compares by
     identity, so make it once. `num_steps` for each M-step. `objective`: climb the objective
@@ -36,6 +38,7 @@ class Gradient(AbstractMaximization):
     """
 
     ascends: ClassVar[bool] = True
+    steady: ClassVar[bool] = False
     optimiser: optax.GradientTransformation = eqx.field(static=True)
     num_steps: int = eqx.field(static=True, default=5)
     objective: bool = eqx.field(static=True, default=False)
@@ -46,7 +49,12 @@ class Gradient(AbstractMaximization):
         check_count("num_steps", self.num_steps)
 
     def init(self, model):
-        return _strongly_typed(self.optimiser.init(free_numbers(model)[0]))
+        numbers = free_numbers(model)[0]
+        own = _strongly_typed(self.optimiser.init(numbers))
+        return _Climb(own, jnp.ones((), numbers.dtype), jnp.asarray(True))
+
+    def settles(self, memory):
+        return memory.whole
 
     def __call__(self, statistics, memory, evaluate):
         start, rebuild = free_numbers(statistics.frame)
@@ -54,20 +62,33 @@ class Gradient(AbstractMaximization):
         climbs_objective = self.objective or is_local(statistics.frame)
 
         def loss(numbers: Array) -> Float[Array, ""]:
-            model = rebuild(numbers)
+            model = rebuild(numbers.astype(start.dtype))  # line searches may promote
             return -(
                 evaluate(model)[1] if climbs_objective else model.expected_log_prob(statistics)
             )
 
         def ascend(carry: tuple[Array, Any], _: None) -> tuple[tuple[Array, Any], None]:
-            numbers, memory = carry
+            numbers, own = carry
             value, slope = jax.value_and_grad(loss)(numbers)
             extra = {"value": value, "grad": slope, "value_fn": loss}
-            change, memory = update(slope, memory, numbers, **extra)
-            return (optax.apply_updates(numbers, change), memory), None  # pyright: ignore
+            change, own = update(slope, own, numbers, **extra)
+            return ((numbers + memory.scale * change).astype(start.dtype), own), None
 
-        (end, memory), _ = lax.scan(ascend, (start, memory), length=self.num_steps)
-        return rebuild(_not_worse(loss, start, end)), _strongly_typed(memory)
+        (end, own), _ = lax.scan(ascend, (start, memory.optimiser), length=self.num_steps)
+        share, end = _not_worse(loss, start, end)
+        whole = share == 1
+        fresh = self.init(statistics.frame).optimiser
+        own = jax.tree.map(lambda a, b: jnp.where(whole, a, b), _strongly_typed(own), fresh)
+        scale = jnp.where(whole, jnp.minimum(2 * memory.scale, 1), memory.scale / 4)
+        return rebuild(end), _Climb(own, scale, whole)
+
+
+class _Climb(eqx.Module):
+    """What `Gradient` remembers."""
+
+    optimiser: PyTree[Array]
+    scale: Float[Array, ""]  # of its updates
+    whole: Bool[Array, ""]  # whether the last M-step was taken as it came
 
 
 def _strongly_typed(tree: PyTree[Array]) -> PyTree[Array]:
@@ -75,15 +96,17 @@ def _strongly_typed(tree: PyTree[Array]) -> PyTree[Array]:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.asarray(leaf).dtype), tree)
 
 
-def _not_worse(loss: Any, start: Array, end: Array) -> Array:
-    """The end, or a point on the way to it whose loss is no larger than the start's."""
+def _not_worse(loss: Any, start: Array, end: Array) -> tuple[Array, Array]:
+    """A point on the way to the end whose loss is no larger than the start's; how far it is."""
     bound = loss(start)
 
     def worse(share: Array) -> Array:
         return ~(loss(start + share * (end - start)) <= bound) & (share > 1e-9)
 
     share = lax.while_loop(worse, lambda share: share / 2, jnp.ones((), start.dtype))
-    return jnp.where(share > 1e-9, start + share * jnp.where(share > 1e-9, end - start, 0), start)
+    share = jnp.where(share > 1e-9, share, 0)
+    way = share * jnp.where(share > 0, end - start, 0)
+    return share, jnp.where(share == 1, end, start + way)
 
 
 class Conditional(AbstractMaximization):
@@ -124,7 +147,20 @@ class Conditional(AbstractMaximization):
     def objective(self) -> bool:
         return any(step.objective for _, step in self.blocks)
 
+    @property
+    def steady(self) -> bool:
+        return all(step.steady for _, step in self.blocks)
+
+    def settles(self, memory):
+        settled = [step.settles(own) for (_, step), own in zip(self.blocks, memory, strict=True)]
+        return jnp.all(jnp.stack([jnp.asarray(one) for one in settled]))
+
     def init(self, model):
+        if not hasattr(model, "natural"):
+            raise ValueError(
+                f"Conditional moves natural parameters by name, and {type(model).__name__} has "
+                "none; use Gradient(…) for all of them."
+            )
         blocks = tuple(step.init(_only(model, names)) for names, step in self.blocks)
         covered = [name for names, _ in self.blocks for name in names]
         kind = jax.tree.structure(model)

@@ -137,7 +137,10 @@ class FunctionModel(AbstractModel):
         return all_finite(self.params)
 
     def expected_log_prob(self, statistics: Framed) -> Float[Array, ""]:
-        raise NotImplementedError("a model from functions does not know its Q.")
+        raise NotImplementedError(
+            "a model from functions does not know its Q; Gradient(…, objective=True) climbs the "
+            "log-likelihood that its e_step returns."
+        )
 
 
 def from_functions(

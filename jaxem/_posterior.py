@@ -159,21 +159,23 @@ class Tempered(AbstractPosterior):
         return True
 
     def marginalize(self, log_joint, key=None):
-        log_prob, responsibilities = Exact().marginalize(log_joint / self.temperature)
-        return self.temperature * log_prob, responsibilities
+        temperature = jnp.asarray(self.temperature, log_joint.dtype)
+        log_prob, responsibilities = Exact().marginalize(log_joint / temperature)
+        return temperature * log_prob, responsibilities
 
     def marginalize_chain(self, initial, transition, log_prob, length, key, *, parallel=None):
         # With its rows normalised the tempered chain is one, if what a row summed to goes to
         # the state that is left there.
-        start, moves = _root(initial, self.temperature), _root(transition, self.temperature)
+        temperature = jnp.asarray(self.temperature, log_prob.dtype)
+        start, moves = _root(initial, temperature), _root(transition, temperature)
         total, totals = jnp.sum(start), jnp.sum(moves, axis=-1)
         steps = jnp.arange(len(log_prob))
         left = (steps < (len(log_prob) if length is None else length) - 1)[:, None]
-        tempered = log_prob / self.temperature + jnp.where(left, jnp.log(totals), 0)
+        tempered = log_prob / temperature + jnp.where(left, jnp.log(totals), 0)
         chances = moves / totals[..., None]
         found = chain.smoothing(start / total, chances, tempered, parallel=parallel)
         ratio = jnp.where(transition > 0, chances / jnp.where(transition > 0, transition, 1), 0)
-        value = self.temperature * (found.log_likelihood + jnp.log(total))
+        value = temperature * (found.log_likelihood + jnp.log(total))
         return found._replace(log_likelihood=value, ratio=ratio)
 
 

@@ -109,7 +109,7 @@ def convergence_rate(
 def _rate(
     model: AbstractModel,
     data: Any,
-    algorithm: AbstractAlgorithm,
+    algorithm: Any,
     weights: Any,
     prior: Any,
     num_eigenvalues: int,
@@ -118,7 +118,7 @@ def _rate(
     state = algorithm.init(model, data, weights=weights, prior=prior)
 
     def step(state: Any, _: Any) -> Any:
-        return algorithm.step(state, data, weights=weights, prior=prior)
+        return algorithm.map(state, data, weights=weights, prior=prior)
 
     flat, after, em_map = fixed_point_equation(step, state)
     image, push = jax.linearize(lambda s: em_map(s, None), flat)

@@ -105,6 +105,11 @@ def best(solutions: Solution) -> Solution:
     objective; `set_aside` counts the lanes passed over although their objective was higher. The
     lane returned is NaN only if all are.
     """
+    if not isinstance(solutions, Solution):
+        raise ValueError(
+            "best expects the Solution of many lanes, as from fit_restarts or jax.vmap(fit); got "
+            f"{type(solutions).__name__}."
+        )
     if jnp.ndim(solutions.objective) != 1:
         raise ValueError(
             "best expects solutions with one leading axis, as from jax.vmap(fit) or "

@@ -24,10 +24,15 @@ _ACCELERATOR_BUDGET = 2**26
 
 
 def as_arrays(data: PyTree[Any]) -> PyTree[Array]:
-    """NumPy arrays as JAX arrays, in JAX's dtypes; anything else as it is, to be checked."""
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf, data
-    )
+    """What is an array elsewhere (NumPy, PyTorch, pandas), in JAX's dtypes; the rest as it is."""
+
+    def convert(leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array) or not hasattr(leaf, "__array__"):
+            return leaf
+        array = np.asarray(leaf)
+        return leaf if array.dtype == object else jnp.asarray(array)
+
+    return jax.tree.map(convert, data)
 
 
 def num_units(data: PyTree[Array]) -> int:
@@ -37,7 +42,12 @@ def num_units(data: PyTree[Array]) -> int:
     """
     leaves = jax.tree.leaves(data)
     if not leaves or any(not eqx.is_array(leaf) or leaf.ndim == 0 for leaf in leaves):
-        raise ValueError("data must be a PyTree of arrays with one leading axis of units.")
+        wrong = [leaf for leaf in leaves if not eqx.is_array(leaf) or leaf.ndim == 0]
+        given = type(wrong[0]).__name__ if wrong else "nothing"
+        raise ValueError(
+            "data must be an array, or a PyTree of arrays, with one leading axis of units; got "
+            f"{given}. Lists become arrays by jnp.asarray; columns of mixed types go one by one."
+        )
     lengths = {leaf.shape[0] for leaf in leaves}
     if len(lengths) > 1:
         raise ValueError(f"the leaves of data disagree on the number of units: {sorted(lengths)}.")

@@ -236,10 +236,15 @@ class Bold(jaxem.AbstractMaximization):
     """A longer step than EM's where the objective itself says that it pays."""
 
     ascends: ClassVar[bool] = True
+    objective: ClassVar[bool] = True
+    steady: ClassVar[bool] = False
     factor: float = 1.8
 
     def init(self, model):
         return jnp.zeros((), jnp.int32)
+
+    def settles(self, memory):
+        return True
 
     def __call__(self, statistics, memory, evaluate):
         safe = statistics.frame.m_step(statistics)

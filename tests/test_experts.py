@@ -146,7 +146,7 @@ def test_parts_of_a_gate_are_held():
             "3 components",
         ),
         (lambda: jaxem.fit(CASES["experts"]().model, (U, Y)), "covariates|expects a tuple"),
-        (lambda: jaxem.fit(CASES["experts"]().model, U), "expects a tuple of covariates"),
+        (lambda: jaxem.fit(CASES["experts"]().model, U), r"expects a tuple \(v, x\) of covariates"),
         (lambda: jaxem.fit(CASES["experts"]().model, (V[:, :1], (U, Y))), "2"),
         (lambda: MixtureOfExperts.from_mixture(CASES["experts"]().model, 1), "expects a Mixture"),
     ],

@@ -101,7 +101,7 @@ def scalar_joint(params, x):
         (lambda: Mixture.init(jax.random.key(0), X, 2, GradientEmission), "start of its own"),
         (lambda: GradientEmission([module(0.0)]).sample(jax.random.key(0), X), "sample"),
         (lambda: Mixture([1.0], GradientEmission([Vague(jnp.zeros(2))])).e_step(X), "for one unit"),
-        (lambda: Labels(0), "one component or more"),
+        (lambda: Labels(0), "num_components must be an integer ≥ 1"),
         (lambda: Mixture([0.5, 0.5], Labels(2)).e_step(X[:, :1]), "integers"),
         (lambda: Mixture([0.5, 0.5], Labels(2)).e_step(jnp.arange(4)), r"\(n, 1\)"),
         (lambda: Mixture.init(jax.random.key(0), jnp.arange(4), 2, lambda: 0), "family"),

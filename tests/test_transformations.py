@@ -325,6 +325,22 @@ def test_a_sharded_step_is_one_all_reduce_and_gathers_nothing(blocks, small_bloc
     )
 
 
+@pytest.mark.parametrize(
+    "algorithm",
+    [jaxem.SQUAREM(), jaxem.Anderson(), jaxem.EM(jaxem.Annealed()), jaxem.EM(jaxem.Sampled())],
+    ids=["SQUAREM", "Anderson", "annealed", "sampled"],
+)
+def test_every_algorithm_works_where_the_data_lie(algorithm, small_blocks):
+    model, data = gaussians(), spread(P)
+    small_blocks(8, model, P)
+    options = dict(key=jax.random.key(0), max_steps=4, throw=False)
+    run = jax.jit(lambda m: jaxem.fit(m, data, algorithm, **options))
+    compiled = run.lower(model).compile().as_text()
+    assert "all-reduce" in compiled and "all-gather" not in compiled
+    if algorithm != jaxem.EM(jaxem.Sampled()):
+        close(run(model).model, jaxem.fit(model, P, algorithm, **options).model, 1e-8)
+
+
 def test_sharding_errors_are_clear():
     with pytest.raises(ValueError, match="sharded differently"):
         other = NamedSharding(
@@ -334,7 +350,7 @@ def test_sharding_errors_are_clear():
         data = (spread(case.data[0]), jax.device_put(case.data[1], other))
         jaxem.fit(case.model, data)
     algorithm = jaxem.EM(jaxem.Sharded(jaxem.Exact(), mesh(), "units"))
-    with pytest.raises(ValueError, match="divi"):
+    with pytest.raises(ValueError, match="cannot be spread evenly over 2 devices"):
         algorithm.init(poissons(), X[:-1])
 
 

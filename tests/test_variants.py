@@ -1,11 +1,13 @@
 """Variants of EM on mixtures and HMMs: what each must reach, promise and refuse."""
 
+import chex
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.flatten_util import ravel_pytree
 from models import CASES
 
 import jaxem
@@ -309,16 +311,212 @@ def test_incremental_em_beats_em_in_passes():
     assert best_value - parts.objective < 0.5 * (best_value - plain.objective)
 
 
+def weightless_block():
+    return jnp.ones(48).at[8:16].set(0)
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "weights"),
+    [(6, weightless_block), (20, lambda: None), (31, lambda: None)],
+    ids=["a block without weight", "blocks of two sizes", "blocks of one unit and of two"],
+)
+def test_incremental_em_converges_where_em_does(num_blocks, weights):
+    case, weights = CASES["spherical"](), weights()
+    whole = jaxem.fit(case.model, case.data, weights=weights)
+    blocks = EM(accumulation=Incremental(num_blocks))
+    parts = jaxem.fit(case.model, case.data, blocks, weights=weights, max_steps=20_000)
+    assert parts.result == jaxem.RESULTS.converged
+    assert abs(parts.objective - whole.objective) < 1e-8
+
+
+def test_incremental_em_ends_with_its_own_objective():
+    case = CASES["poisson"]()
+    for posterior in (Hard(), Tempered(2.0)):
+        whole = jaxem.fit(case.model, case.data, EM(posterior))
+        parts = jaxem.fit(case.model, case.data, EM(posterior, Incremental(4)))
+        assert abs(parts.objective - whole.objective) < 1e-6
+        assert abs(parts.history[parts.num_steps] - parts.objective) < 1e-6
+
+
+@pytest.mark.parametrize("num_steps", [5, 20])
+@pytest.mark.parametrize(
+    "optimiser",
+    [optax.sgd(1.0), optax.sgd(1e9), optax.adam(1.0), optax.lbfgs()],
+    ids=["too long", "beyond all numbers", "Adam", "L-BFGS"],
+)
+def test_a_step_that_was_cut_is_not_convergence(optimiser, num_steps):
+    case = CASES["poisson"]()
+    best_value = jaxem.fit(case.model, case.data).objective
+    climb = EM(maximization=Gradient(optimiser, num_steps))
+    solution = jaxem.fit(case.model, case.data, climb, max_steps=2_000)
+    assert solution.result == jaxem.RESULTS.converged
+    assert abs(solution.objective - best_value) < 1e-6
+
+
+def test_frames_of_inputs_are_no_parameters():
+    case = CASES["linear-regression"]()
+    rest = ("components.weights", "components.bias", "components.covariance")
+    blocks = Conditional(("weights", Gradient(optax.lbfgs())), (rest, ClosedForm()))
+    ended = jaxem.fit(case.model, case.data, EM(maximization=blocks))
+    assert ended.result == jaxem.RESULTS.converged
+    assert abs(ended.objective - jaxem.fit(case.model, case.data).objective) < 1e-7
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_squarem_does_not_depend_on_units(scale):
+    case = CASES["gaussian"]()
+
+    def steps(unit):
+        components = case.model.components
+        mean, covariance = unit * components.mean, unit**2 * components.covariance
+        model = jaxem.Mixture(case.model.weights, jaxem.Gaussian(mean, covariance))
+        return int(jaxem.fit(model, unit * jnp.asarray(case.data), SQUAREM()).num_steps)
+
+    assert abs(steps(scale) - steps(1.0)) <= 3
+
+
+def test_the_error_is_told_where_steps_have_a_rate():
+    case = CASES["poisson"]()
+    assert jnp.isfinite(jaxem.fit(case.model, case.data).error)
+    for algorithm in (SQUAREM(), Anderson(), EM(accumulation=Incremental(4))):
+        solution = jaxem.fit(case.model, case.data, algorithm)
+        assert jnp.isnan(solution.error) and "error" not in repr(solution)
+
+
+@pytest.mark.parametrize("algorithm", [EM(), Anderson(), Overrelaxed(), SQUAREM()])
+@pytest.mark.parametrize("name", ["log-joint", "gradient-emission"])
+def test_steps_along_the_slope_converge_and_have_derivatives(name, algorithm):
+    case = CASES[name]()
+    weights = jnp.ones(48)
+
+    def end(weights, algorithm, **options):
+        solution = jaxem.fit(case.model, case.data, algorithm, weights=weights, **options)
+        return jnp.sum(ravel_pytree(solution.model)[0] ** 2), solution
+
+    grad, solution = jax.grad(end, has_aux=True)(weights, algorithm)
+    assert solution.result == jaxem.RESULTS.converged
+    step = 1e-4 * jnp.zeros(48).at[1].set(1)
+    exact = dict(tol=1e-13, max_steps=5_000)
+    difference = end(weights + step, EM(), **exact)[0] - end(weights - step, EM(), **exact)[0]
+    assert abs(grad[1] - difference / 2e-4) < 1e-5 * jnp.max(jnp.abs(grad))
+
+
+def test_annealing_guards_the_steps_that_it_cannot_trust():
+    def log_joint(params, x):
+        return -0.5e4 * (x[:, :1] - params) ** 2
+
+    model = jaxem.from_log_joint(log_joint, jnp.array([0.0, 1.0]))
+    x = jnp.asarray(CASES["spherical"]().data)
+    plain = jaxem.fit(model, x)
+    cooled = jaxem.fit(model, x, EM(Annealed(Geometric(2.0, 0.5))))
+    assert cooled.result == jaxem.RESULTS.converged
+    assert abs(cooled.objective / plain.objective - 1) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "algorithm", [SQUAREM(), Anderson(), EM(accumulation=Incremental(5))], ids=repr
+)
+def test_unrolled_derivatives_of_steps_that_remember(algorithm):
+    case = CASES["poisson"]()
+
+    def value(weights):
+        options = dict(adjoint=jaxem.Unrolled(), max_steps=5, tol=0.0)
+        model = jaxem.fit(case.model, case.data, algorithm, weights=weights, **options).model
+        return jnp.sum(model.components.rate**2)
+
+    weights, step = jnp.ones(48), 1e-5 * jnp.zeros(48).at[3].set(1)
+    difference = (value(weights + step) - value(weights - step)) / 2e-5
+    assert abs(jax.grad(value)(weights)[3] - difference) < 1e-4 * abs(difference) + 1e-8
+
+
+def test_unrolled_derivatives_at_a_point_that_stands_still():
+    x = jnp.asarray(CASES["poisson"]().data)
+
+    def value(weights):
+        options = dict(adjoint=jaxem.Unrolled(), max_steps=20)
+        model = jaxem.Mixture([1.0], jaxem.Poisson([[2.0, 2.0]]))
+        return jaxem.fit(model, x, SQUAREM(), weights=weights, **options).model.components.rate[
+            0, 0
+        ]
+
+    grad = jax.grad(value)(jnp.ones(48))
+    assert jnp.allclose(grad, (x[:, 0] - jnp.mean(x[:, 0])) / 48, atol=1e-10)
+
+
+def test_random_restarts_have_keys_of_their_own():
+    case = CASES["poisson"]()
+    models = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), case.model)
+    options = dict(key=KEY, max_steps=5)
+    ends = jaxem.fit_restarts(models, case.data, EM(Sampled()), **options).objective
+    assert len(np.unique(np.asarray(ends))) == 3
+    polished = dict(short_steps=2, num_polished=2, **options)
+    assert jaxem.fit_restarts(models, case.data, EM(Sampled()), **polished).objective.shape == (2,)
+
+
+def test_a_fit_that_ends_before_its_average_begins_returns_its_own_model():
+    case = CASES["poisson"]()
+    plain, averaged = (EM(accumulation=Running(average_from=at)) for at in (None, 9))
+    for steps in (0, 5):
+        a, b = (jaxem.fit(case.model, case.data, e, max_steps=steps) for e in (plain, averaged))
+        chex.assert_trees_all_close(a.model, b.model, rtol=1e-14)
+
+
+def test_annealing_keeps_the_dtype_of_the_model():
+    case = CASES["poisson"]()
+    model = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), case.model)
+    for algorithm in (EM(Annealed()), EM(maximization=Gradient(optax.lbfgs()))):
+        assert jaxem.fit(model, case.data, algorithm).objective.dtype == jnp.float32
+
+
+def test_batches_may_be_arrays_of_others():
+    case = CASES["poisson"]()
+
+    class Tensor:  # as PyTorch and pandas have it
+        def __array__(self, dtype=None, copy=None):
+            return np.asarray(case.data, dtype)
+
+    for algorithm in (EM(accumulation=Running()), EM(accumulation=Minibatch(8)), SQUAREM()):
+        ends = []
+        for data in (case.data, np.asarray(case.data), Tensor()):
+            state = algorithm.init(case.model, data, key=KEY)
+            ends.append(algorithm.step(state, data, weights=np.ones(48), key=KEY).objective)
+        assert ends[0] == ends[1] == ends[2]
+
+
+CLIMB = Gradient(optax.lbfgs(), objective=True)
 REFUSED = {
     "a constant rate": (lambda: Running(Constant(0.1)), "Robbins and Monro"),
     "a rate that falls too slowly": (lambda: Minibatch(8, Power(0.4)), "Robbins and Monro"),
     "a rate that falls too fast": (lambda: Running(Power(1.5)), "Robbins and Monro"),
     "a rate in words": (lambda: Running("fast"), "Robbins and Monro"),
-    "an empty batch": (lambda: Minibatch(0), "one unit or more"),
-    "an average from no step": (lambda: Running(average_from=0), "number of a step"),
-    "an average from a share": (lambda: Minibatch(8, average_from=0.5), "number of a step"),
-    "no block": (lambda: Incremental(0), "one block or more"),
+    "an empty batch": (lambda: Minibatch(0), "size must be an integer ≥ 1"),
+    "an average from no step": (lambda: Running(average_from=0), "must be an integer ≥ 1, got 0"),
+    "an average from a share": (lambda: Minibatch(8, average_from=0.5), "≥ 1, got 0.5"),
+    "no block": (lambda: Incremental(0), "num_blocks must be an integer ≥ 1"),
     "no draw": (lambda: Sampled(0), "draws ≥ 1"),
+    "a schedule of no draws": (lambda: Sampled(Constant(0.0)), "draws ≥ 1"),
+    "a temperature that stays": (lambda: Annealed(Constant(2.0)), r"ends at 1.*Tempered"),
+    "a temperature that ends above 1": (lambda: Annealed(Geometric(5.0, 0.9, 2.0)), "ends at 1"),
+    "a temperature for a schedule": (lambda: Annealed(2.0), "takes a schedule"),
+    "a negative temperature": (lambda: Tempered(-1.0), "must be positive"),
+    "a schedule that stays away": (lambda: Geometric(0.5, 1.0), "never reaches"),
+    "a negative population": (lambda: Running(population=-5.0), "positive weight"),
+    "a share of a burn-in": (lambda: Power(burn_in=2.5), "burn_in must be an integer"),
+    "one batch's objective": (
+        lambda: EM(accumulation=Minibatch(8), maximization=CLIMB),
+        "use Full",
+    ),
+    "one block's objective": (
+        lambda: EM(accumulation=Incremental(2), maximization=Conditional(("weights", CLIMB))),
+        "use Full",
+    ),
+    "a slot in another's place": (lambda: EM(Running()), r"write accumulation=Running"),
+    "an accelerator in a slot": (lambda: EM(SQUAREM()), "goes around an EM"),
+    "a bare optimiser": (
+        lambda: EM(maximization=optax.adam(1e-2)),
+        r"maximization=Gradient\(optimiser\)",
+    ),
+    "a class in a slot": (lambda: EM(Hard), r"a class: write Hard"),
     "a schedule that leads away": (lambda: Geometric(3.0, 1.1), "never reaches"),
     "a negative exponent": (lambda: Power(-0.6), "positive"),
     "a number of draws that falls": (lambda: Linear(5.0, -1.0), "no negative slope"),
@@ -326,10 +524,10 @@ REFUSED = {
     "acceleration of batches": (lambda: Anderson(EM(accumulation=Minibatch(8))), "deterministic"),
     "acceleration while annealing": (lambda: SQUAREM(EM(Annealed())), "anneal first"),
     "acceleration of no EM": (lambda: Overrelaxed(SQUAREM()), "accelerates an EM"),
-    "an order of nothing": (lambda: Anderson(order=0), "one step or more"),
+    "an order of nothing": (lambda: Anderson(order=0), "order must be an integer ≥ 1"),
     "no growth": (lambda: Overrelaxed(growth=1.0), "must grow"),
     "no optimiser": (lambda: Gradient("adam"), "Optax optimiser"),
-    "no gradient step": (lambda: Gradient(optax.adam(1e-2), 0), "one step or more"),
+    "no gradient step": (lambda: Gradient(optax.adam(1e-2), 0), "num_steps must be an integer ≥ 1"),
     "no block of parameters": (lambda: Conditional(), "pairs of parameter names"),
     "a block without its M-step": (lambda: Conditional("weights"), "pairs of parameter names"),
 }
@@ -356,6 +554,11 @@ REFUSED_BY_FIT = {
         {},
         "not a natural parameter",
     ),
+    "a parameter in no block": (
+        EM(maximization=Conditional(("weights", ClosedForm()))),
+        {},
+        r"freeze\(model, 'components.rate'\)",
+    ),
 }
 
 
@@ -365,6 +568,18 @@ def test_nonsense_is_refused_by_fit(name):
     case = CASES["poisson"]()
     with pytest.raises(ValueError, match=message):
         jaxem.fit(case.model, case.data, algorithm, **options)
+
+
+def test_what_cannot_be_judged_or_named_is_refused():
+    case = CASES["log-joint"]()
+    with pytest.raises(ValueError, match="LogJointModel knows the slope of Q alone"):
+        jaxem.fit(case.model, case.data, EM(Sampled()), key=KEY)
+    with pytest.raises(ValueError, match="LogJointModel hold only near"):
+        jaxem.fit(case.model, case.data, EM(accumulation=Running()))
+    with pytest.raises(ValueError, match="LogJointModel has none"):
+        jaxem.fit(case.model, case.data, EM(maximization=Conditional(("a", ClosedForm()))))
+    with pytest.raises(ValueError, match="State that init gave"):
+        EM().step(case.model, case.data)
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,8 @@ class GeneralizedLinear(AbstractEmission):
         u, y, *exposure = inputs_and_outputs(x, cls.__name__, most=3)
         check_continuous(u, num_features(u), weights.dtype, f"{cls.__name__} (inputs)")
         check_counts(y, num_features(y), weights.dtype, f"{cls.__name__} (outputs)")
+        if exposure:
+            check_continuous(exposure[0], y.shape[1], weights.dtype, f"{cls.__name__} (exposures)")
         n = jnp.sum(weights)
         mean = (n * weighted_mean(y.astype(weights.dtype), weights) + 0.5) / (n + 1)
         offset = jnp.log(weighted_mean(exposure[0], weights)) if exposure else 0

@@ -292,6 +292,7 @@ class LinearRegression(AbstractEmission):
     def pooled(cls, x, num_components, weights, tied: bool = False):
         u, y = inputs_and_outputs(x, cls.__name__)
         check_continuous(u, num_features(u), y.dtype, f"{cls.__name__} (inputs)")
+        check_continuous(y, num_features(y), u.dtype, f"{cls.__name__} (outputs)")
         outputs = TiedGaussian.pooled(y, 1, weights)
         line = replace(
             object.__new__(cls),

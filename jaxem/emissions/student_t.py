@@ -62,9 +62,9 @@ class StudentT(AbstractEmission):
     """Multivariate t distributions, each with its own full scale matrix and degrees of freedom.
 
     **Arguments:** `mean` (k, d), for ν ≤ 1 the location; `scale` (k, d, d), positive definite: the
-    covariance is ν/(ν − 2) times it; `dof` (k,) or (), positive. As a `family`,
-    `functools.partial(StudentT, dof=4.0)` starts there, and `freeze(model, "components.dof")`
-    keeps it.
+    covariance is ν/(ν − 2) times it; `dof` (k,) or (), positive. Starts have ν = 2: tails so heavy
+    that units far out seem no place for a component. As a `family`, `functools.partial(StudentT,
+    dof=4.0)` starts there, and `freeze(model, "components.dof")` keeps it.
 
     Estimated `dof` lie in [0.1, 1000], and a start outside goes to the bound. 1000 says that a
     Gaussian does; a component at 0.1 is `degenerate`: no likelihood is bounded much below it.
@@ -278,9 +278,9 @@ class StudentT(AbstractEmission):
         return thin | (heavy & self.free("dof"))
 
     @classmethod
-    def pooled(cls, x, num_components, weights, dof: ArrayLike = 30.0):
+    def pooled(cls, x, num_components, weights, dof: ArrayLike = 2.0):
         gaussian = Gaussian.pooled(x, num_components, weights)
-        dof = filled("dof", dof, gaussian.mean[:, 0])  # nearly a Gaussian by default
+        dof = filled("dof", dof, gaussian.mean[:, 0])
         check_values((dof > 0) & jnp.isfinite(dof), "dof must be positive and finite.")
         return replace(
             object.__new__(cls),

@@ -197,6 +197,8 @@ class MixtureOfExperts(AbstractJointModel, Generic[Emission]):
     **Arguments:** `gate`, a `LogisticGate`; `components`, any emission. Regressions, whose data
     are a tuple of inputs and outputs themselves, make it a mixture of experts: data (v, (u, y)).
 
+    `MixtureOfExperts.from_mixture(mixture, num_covariates)` is a start.
+
     **Raises:** `ValueError` for something else, or for numbers of components that differ.
     """
 
@@ -288,8 +290,8 @@ class MixtureOfExperts(AbstractJointModel, Generic[Emission]):
         if not isinstance(data, tuple) or len(data) != 2:
             given = f"a tuple of {len(data)}" if isinstance(data, tuple) else type(data).__name__
             raise ValueError(
-                "MixtureOfExperts expects a tuple of covariates (n, p) and the data of its "
-                f"components; got {given}."
+                "MixtureOfExperts expects a tuple (v, x) of covariates v (n, p) and the data x of "
+                f"its components, (v, (u, y)) if those are regressions; got {given}."
             )
         self.gate.check(data[0])
         self.components.check(data[1])

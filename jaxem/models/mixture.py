@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike
 
 from jaxem import _init
 from jaxem import _linalg as la
-from jaxem._checks import check_shape
+from jaxem._checks import check_shape, check_values
 from jaxem._emission import AbstractEmission, Emission, float_dtype, log_prob, width, with_shortcut
 from jaxem._hold import Held, free, held_mask, natural_parameters, replace
 from jaxem._joint import AbstractJointModel, sums_of_joint
@@ -46,6 +46,11 @@ class Mixture(AbstractJointModel, Generic[Emission]):
     held: Held = eqx.field(static=True)
 
     def __init__(self, weights: ArrayLike, components: Emission):
+        if not isinstance(components, AbstractEmission):
+            raise ValueError(
+                "Mixture takes weights, then its components, an emission such as "
+                f"Poisson([[1.0], [2.0]]); got {type(components).__name__}."
+            )
         weights = as_float(weights)
         check_shape("weights", weights, (components.num_components,))
         check_simplex("weights", weights)
@@ -205,13 +210,21 @@ class Mixture(AbstractJointModel, Generic[Emission]):
 
         Labels are the case of one-hot rows, `jax.nn.one_hot(labels, num_components)`.
 
-        **Raises:** `ValueError` if there is not one row for each unit.
+        **Raises:** `ValueError` if there is not one such row for each unit.
         """
         data, weights = as_arrays(data), as_arrays(weights)
         responsibilities = jnp.asarray(responsibilities)
         check_shape("responsibilities", responsibilities, (num_units(data), "k"))
+        total = jnp.sum(responsibilities, axis=1)
+        counted = jnp.ones_like(total) if weights is None else weights
+        check_values(
+            (counted == 0) | ((jnp.abs(total - 1) < 1e-3) & jnp.all(responsibilities >= 0, axis=1)),
+            "responsibilities: each row holds probabilities that sum to 1, as those of "
+            "jax.nn.one_hot(labels, num_components).",
+        )
         k = responsibilities.shape[1]
         pooled = cls._uniform(_init.pooled(data, k, family, weights))
+        _init.check_support(pooled.components, data, weights)
         # About the pooled mean and scale, the moments of tight clusters cancel: move the means
         # first, then the scales, then both about components that are in place.
         moved = pooled._m_step_from(data, weights, responsibilities)
