@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -86,10 +87,21 @@ def record(benchmark: str, section: str, setting: str, results: dict[str, Any]) 
         "results": results,
         "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}",
         "versions": versions,
+        "commit": commit(),
     }
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / f"{benchmark}.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
+
+
+@functools.cache
+def commit() -> str | None:
+    """The commit that was measured, with `+` if the package was changed since."""
+    root = pathlib.Path(__file__).parent.parent
+    git = ["git", "-C", str(root)]
+    found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "jaxem"], capture_output=True)
+    return None if found.returncode else found.stdout.strip() + "+" * bool(changed.returncode)
 
 
 def version(name: str) -> str | None:

@@ -18,6 +18,7 @@ from jaxem._checks import check_units
 from jaxem._em import EM
 from jaxem._hold import freeze
 from jaxem._posterior import Hard
+from jaxem._repr import numbers
 from jaxem._restarts import fit_restarts
 from jaxem._solution import Solution, lane_order
 from jaxem._units import as_arrays, sum_over_units
@@ -40,6 +41,13 @@ class KMeans(eqx.Module):
     sizes: Float[Array, " k"]
     empty: Bool[Array, " k"]
     solution: Solution
+
+    def __repr__(self) -> str:
+        ended = repr(self.solution).splitlines()[0].removeprefix("Solution: ")
+        return (
+            f"KMeans: {ended}\n  centroids={numbers(self.centroids, 12)}\n"
+            f"  sizes={numbers(self.sizes, 8)}\n  inertia={numbers(self.inertia, 10)}"
+        )
 
     def predict(self, x: Float[Array, "n d"]) -> Int[Array, " n"]:
         """The nearest centroid of each unit."""

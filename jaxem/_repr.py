@@ -31,7 +31,7 @@ def _module(module: Any, natural: dict[str, Any], indent: str) -> str:
             else:
                 body = _module(child, value, inner)
         else:
-            body = _array(value, len(inner) + len(name) + 1)
+            body = numbers(value, len(inner) + len(name) + 1)
             if name in held:
                 mask = held[name]
                 comment = "  # held" + ("" if mask is None else f" where {list(map(int, mask))}")
@@ -40,7 +40,8 @@ def _module(module: Any, natural: dict[str, Any], indent: str) -> str:
     return f"{type(module).__name__}(\n" + "".join(lines) + f"{indent})"
 
 
-def _array(value: Any, column: int) -> str:
+def numbers(value: Any, column: int) -> str:
+    """The numbers of an array that is written from this column on, or its shape."""
     if isinstance(value, Tracer) or not hasattr(value, "dtype") or value.size > _MOST:
         shape = ",".join(str(size) for size in getattr(value, "shape", ()))
         return f"{getattr(value, 'dtype', type(value).__name__)}[{shape}]"

@@ -536,7 +536,7 @@ REFUSED = {
     "an expectation's class": (lambda x: _fit_full(x, EM(Hard)), X, "expectation"),
     "no adjoint": (lambda x: _fit_full(x, adjoint=None), X, "adjoint"),
     "progress every 0 steps": (lambda x: _fit_full(x, progress=0), X, "1 or more"),
-    "a model's class": (lambda x: jaxem.fit(Mixture, x), X, "from_functions"),
+    "a model's class": (lambda x: jaxem.fit(Mixture, x), X, r"a class: Mixture.init\("),
     "an emission": (lambda x: jaxem.fit(FULL.components, x), X, "jaxem.Mixture, got Gaussian"),
     "a batch of models": (
         lambda x: jaxem.fit(_stack(FULL, FULL, FULL), x),

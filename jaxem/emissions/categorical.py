@@ -148,7 +148,7 @@ def check_simplex(name: str, value: Float[Array, "*b m"]) -> None:
     total = jnp.sum(value, axis=-1, keepdims=True)
     check_values(
         (value >= 0) & (jnp.abs(total - 1) <= slack),
-        f"{name}: probabilities must not be negative and sum to 1 along the last axis.",
+        f"{name}: probabilities must be non-negative and sum to 1 along the last axis.",
     )
 
 

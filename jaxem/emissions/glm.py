@@ -21,8 +21,8 @@ class LogisticRegression(GeneralizedLinear):
     """Logistic regressions of bits, P(y_d = 1 | u, z = k) = 1 / (1 + exp(−W_kd·u − b_kd)).
 
     Its M-step maximises the quadratic lower bound of Jaakkola & Jordan, w = tanh(η/2) / 2η, so
-    that the objective rises at every step. Where inputs separate the bits there is no maximum, and
-    weights grow for ever: give a prior.
+    that the objective rises at every step; steps are short, and `SQUAREM` pays. Where inputs
+    separate the bits there is no maximum, and weights grow for ever: give a prior.
 
     **Arguments:** `weights` (k, d, p); `bias` (k, d), the logit at u = 0. Data: inputs u (n, p)
     and outputs y (n, d) of 0 and 1, a tuple.

@@ -69,7 +69,8 @@ class NegativeBinomial(AbstractEmission):
     `shape` (k, d), positive. Data: counts (n, d), integers or whole floating numbers.
 
     Estimated shapes lie in [10⁻⁴, 10⁶]. 10⁶ says that a Poisson law does: counts that are not
-    overdispersed have no finite estimate. A component at 10⁻⁴ is `degenerate`.
+    overdispersed have no finite estimate, and in float32 a fit may stop on the way there, where
+    the likelihood is flat. A component at 10⁻⁴ is `degenerate`.
 
     **Raises:** `ValueError` for another shape, a negative mean or a shape that is not positive.
     """
