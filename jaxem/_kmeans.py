@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxem._checks import check_units
+from jaxem._checks import check_count, check_units, check_values
 from jaxem._em import EM
+from jaxem._emission import finite
 from jaxem._hold import freeze
 from jaxem._posterior import Hard
 from jaxem._repr import numbers
@@ -69,14 +70,18 @@ def kmeans(
     **Arguments:** as for `fit`; the key draws the starts. A start that ends with an empty cluster
     counts as degenerate and is returned only if every start does.
 
-    **Raises:** `ValueError` for wrong shapes or dtypes, or more clusters than units.
+    **Raises:** `ValueError` for wrong shapes or dtypes, more clusters than units, or a unit that
+    is not finite; under `jit`, where that is not known, `solution.result` says it.
 
     Lloyd (1982), IEEE Trans. Inf. Theory 28; Arthur & Vassilvitskii (2007), SODA.
     """
     x, weights = as_arrays(x), as_arrays(weights)
     check_units(x, x.shape[1] if getattr(x, "ndim", 0) == 2 else 1, "kmeans")
-    if not isinstance(num_restarts, int) or num_restarts < 1:
-        raise ValueError(f"num_restarts must be an integer ≥ 1, got {num_restarts!r}.")
+    check_count("num_restarts", num_restarts)
+    check_values(
+        finite(x) if weights is None else finite(x) | (weights == 0),
+        "kmeans: the data hold a NaN or an infinity; give such units weight 0, or remove them.",
+    )
     spheres: Any = SphericalGaussian  # to a type checker, a partial of it would be a call
     family = functools.partial(spheres, tied=True)
 

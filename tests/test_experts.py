@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from models import CASES, GATES, INPUTS, RESPONSES
 from scipy.optimize import minimize
@@ -83,6 +84,40 @@ def test_a_fit_is_the_maximum_that_another_optimiser_finds():
     found = minimize(minus, nearby, tol=1e-10)
     assert -found.fun <= float(solution.objective) + 1e-8
     np.testing.assert_allclose(found.x, numbers, atol=1e-3)
+
+
+@pytest.mark.parametrize(("offset", "scale"), [(1e4, 1.0), (0.0, 1e5), (-3e3, 1e-1)])
+def test_covariates_may_lie_anywhere_in_float32(offset, scale):
+    rng = np.random.default_rng(0)
+    v = rng.normal(size=(600, 1))
+    x = np.where(rng.random((600, 1)) < 1 / (1 + np.exp(-1.5 * v)), -2, 2) + rng.normal(
+        size=v.shape
+    )
+
+    def end(v, x):
+        parts = jaxem.SphericalGaussian(np.array([[-1], [1]], x.dtype), np.ones(2, x.dtype))
+        start = LogisticGate(np.zeros((2, 1), x.dtype), np.zeros(2, x.dtype))
+        return jaxem.fit(MixtureOfExperts(start, parts), (v, x))
+
+    far = (scale * v + offset).astype(np.float32)  # its own rounding is no defect of the fit's
+    exact = end((far.astype(float) - offset) / scale, x)
+    fitted = end(far, x.astype(np.float32))
+    assert fitted.result == jaxem.RESULTS.converged
+    np.testing.assert_allclose(fitted.objective, exact.objective, rtol=1e-5)
+    np.testing.assert_allclose(
+        scale * fitted.model.gate.weights[0], exact.model.gate.weights[0], 2e-3
+    )
+
+
+def test_a_frozen_bias_stays_where_covariates_are_zero():
+    x = CASES["experts"]().data[1]
+    model = jaxem.freeze(CASES["experts"]().model, "gate.bias")
+    far = (V + 3.0, x)
+    fitted = jaxem.fit(model, far, tol=1e-12, max_steps=5_000)
+    climb = jaxem.EM(maximization=jaxem.Gradient(optax.lbfgs(), 20, objective=True))
+    other = jaxem.fit(model, far, climb, tol=1e-12, max_steps=5_000)
+    np.testing.assert_allclose(fitted.model.gate.bias, model.gate.bias, atol=1e-12)
+    np.testing.assert_allclose(fitted.objective, other.objective, rtol=1e-9)
 
 
 def test_latent_classes_with_covariates_are_recovered():

@@ -755,7 +755,6 @@ def test_restarts_keep_their_lanes_apart(short_steps):
 
 KMEANS = {
     "healthy": (X, 2, ONES, "converged"),
-    "a NaN": (X.at[0, 0].set(jnp.nan), 2, ONES, "invalid_data"),
     "a NaN of weight 0": (X.at[0, 0].set(jnp.nan), 2, ONES.at[0].set(0), "converged"),
     "no weight": (X, 2, 0 * ONES, "invalid_weights"),
     "a cluster for each unit": (X, N, ONES, "converged"),
@@ -766,6 +765,26 @@ KMEANS = {
     "1e30 in float32": ((1e30 * X).astype("float32"), 2, ONES.astype("float32"), "nonfinite"),
     "squares that overflow": (1e200 * X, 2, ONES, "nonfinite"),
 }
+
+
+def test_kmeans_of_a_nan():
+    x = X.at[0, 0].set(jnp.nan)
+    with pytest.raises(ValueError, match="NaN or an infinity"):
+        jaxem.kmeans(KEY, x, 2)
+    clusters = jax.jit(lambda x: jaxem.kmeans(KEY, x, 2))(x)
+    assert result_name(clusters.solution.result) == "invalid_data"
+
+
+def test_starts_are_refused_where_the_data_are_impossible():
+    for family in (jaxem.Gamma, jaxem.Poisson, jaxem.VonMisesFisher):
+        with pytest.raises(ValueError, match=f"outside the support of {family.__name__}"):
+            Mixture.init(KEY, X - 10, 2, family)
+    with pytest.raises(ValueError, match="outside the support of Gaussian"):
+        Mixture.from_responsibilities(
+            X.at[0, 0].set(jnp.nan), jnp.full((N, 2), 0.5), jaxem.Gaussian
+        )
+    with pytest.raises(ValueError, match="sum to 1"):
+        Mixture.from_responsibilities(X, jnp.ones((N, 2)), jaxem.Gaussian)
 
 
 @pytest.mark.parametrize("name", KMEANS)

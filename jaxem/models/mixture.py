@@ -192,7 +192,8 @@ class Mixture(AbstractJointModel, Generic[Emission]):
 
         Pure, so that restarts are a `jax.vmap` over keys.
 
-        **Raises:** `ValueError` for more components than units, or an unknown method.
+        **Raises:** `ValueError` for more components than units, an unknown method, or a unit that
+        is known to lie outside the family's support.
         """
         data, weights = as_arrays(data), as_arrays(weights)
         return cls._uniform(_init.seed(key, data, num_components, family, weights, method))
