@@ -84,8 +84,8 @@ class FunctionModel(AbstractModel):
     def e_step(self, data, weights=None, *, posterior=Exact(), key=None):
         if not isinstance(posterior, Exact):
             raise ValueError(
-                f"a model from functions has the E-step it was given; {type(posterior).__name__} "
-                "cannot change it. Use EM() with Exact()."
+                "a model from functions has the E-step that it was given, which no other "
+                "expectation than Exact() can change."
             )
         args = (data,) if weights is None else (substitute(data, weights != 0), weights)
         returned = self.e_function(self.params, *args)

@@ -393,5 +393,6 @@ def _marginal(posterior: AbstractPosterior) -> Any:
     if isinstance(posterior, Hard):
         return lambda s: best_path(s)[1]
     raise ValueError(
-        f"an HSMM takes the posteriors Exact() and Hard(), not {type(posterior).__name__}."
+        "an HSMM takes the posteriors Exact() and Hard(), not those of Sampled, Annealed or "
+        "Tempered."
     )
