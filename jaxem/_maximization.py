@@ -29,7 +29,9 @@ class Gradient(AbstractMaximization):
     **Arguments:** `optimiser`, such as `optax.adam(1e-2)` or `optax.lbfgs()`; it compares by
     identity, so make it once. `num_steps` for each M-step. `objective`: climb the objective
     itself instead of Q, at the cost of an E-step and its derivative each time (ECME). That is done
-    whatever is asked where statistics know Q only near the model, as those of regressions do.
+    whatever is asked where statistics know Q only near the model, as those of regressions do; drawn
+    statistics then change nothing. The line search of `optax.lbfgs()` has no reverse mode:
+    `Unrolled()` cannot differentiate it, `Implicit()` need not.
 
     **Raises:** `ValueError` for something else than an optimiser, or no step.
 
