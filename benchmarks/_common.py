@@ -87,7 +87,7 @@ def record(benchmark: str, section: str, setting: str, results: dict[str, Any]) 
         "results": results,
         "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}",
         "versions": versions,
-        "commit": commit(),
+        "package": package(),
     }
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / f"{benchmark}.jsonl").open("a") as file:
@@ -95,11 +95,13 @@ def record(benchmark: str, section: str, setting: str, results: dict[str, Any]) 
 
 
 @functools.cache
-def commit() -> str | None:
-    """The commit that was measured, with `+` if the package was changed since."""
+def package() -> str | None:
+    """Git's hash of the folder `jaxem` that was measured, with `+` if it was changed since."""
     root = pathlib.Path(__file__).parent.parent
     git = ["git", "-C", str(root)]
-    found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    found = subprocess.run(
+        [*git, "rev-parse", "--short", "HEAD:jaxem"], capture_output=True, text=True
+    )
     changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "jaxem"], capture_output=True)
     return None if found.returncode else found.stdout.strip() + "+" * bool(changed.returncode)
 
