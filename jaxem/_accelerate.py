@@ -25,6 +25,7 @@ from jaxem._emission import float_dtype
 from jaxem._guard import knows_slope_alone
 from jaxem._hold import estimates, free_numbers
 from jaxem._posterior import Annealed
+from jaxem._units import as_arrays
 
 
 class _Accelerated(AbstractAlgorithm):
@@ -60,6 +61,7 @@ class _Accelerated(AbstractAlgorithm):
 
     def step(self, state, data, *, weights=None, prior=None, key=None):
         inner, own = state.maximization
+        data, weights = as_arrays(data), as_arrays(weights)
         given: dict[str, Any] = {"weights": weights, "prior": prior, "key": key}
         new, own = self._step(with_memory(state, inner), own, data, given)
         new = eqx.tree_at(lambda s: s.step, new, state.step + 1)
@@ -134,13 +136,16 @@ def _within_bounds(model: Any) -> Any:
 
 def _magnitude(parameter: Array) -> Array:
     """The root mean square of a parameter: its unit, so that none has any."""
-    square = jnp.mean(parameter**2)
-    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 1)
+    size = _root(jnp.mean(parameter**2))
+    return jnp.where(size > 0, size, 1)
 
 
 def _length(vector: Array) -> Array:
     """The Euclidean norm, with derivative 0 at 0."""
-    square = jnp.sum(vector**2)
+    return _root(jnp.sum(vector**2))
+
+
+def _root(square: Array) -> Array:
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 
 

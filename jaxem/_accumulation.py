@@ -178,11 +178,9 @@ class Minibatch(AbstractAccumulation):
         # A unit of each stretch. They begin at a random unit, so that all units are as probable,
         # and follow one another, so that memory is read in its order.
         begin_key, within_key = jax.random.split(key)
-        shortest, longer = divmod(n, size)
-        stretch = jnp.arange(size)
+        begin, length = _stretch(jnp.arange(size), n, size)
         bits = jax.random.bits(within_key, (size,))
-        within = bits % (shortest + (stretch < longer)).astype(bits.dtype)
-        chosen = stretch * shortest + jnp.minimum(stretch, longer) + within.astype(int)
+        chosen = begin + (bits % length.astype(bits.dtype)).astype(int)
         chosen += jax.random.randint(begin_key, (), 0, n)
         chosen = jnp.where(chosen < n, chosen, chosen - n)
         take = lambda leaf: leaf.at[chosen].get(mode="promise_in_bounds")  # noqa: E731
@@ -238,17 +236,16 @@ class Incremental(AbstractAccumulation):
         n = num_units(data)
         if self.num_blocks > n:
             raise ValueError(f"{n} units cannot make {self.num_blocks} blocks.")
-        shortest, longer = divmod(n, self.num_blocks)  # the first ones have a unit more
-        begin = index * shortest + jnp.minimum(index, longer)
-        size = shortest + (longer > 0)
+        begin, length = _stretch(index, n, self.num_blocks)
+        size = -(-n // self.num_blocks)
         start = jnp.minimum(begin, n - size)
         cut = lambda leaf: lax.dynamic_slice_in_dim(leaf, start, size)  # noqa: E731
         part = jax.tree.map(cut, data)
-        if longer == 0:
+        if n % self.num_blocks == 0:
             return part, None if weights is None else cut(weights)
         w = jnp.ones(size) if weights is None else cut(weights)
-        at, end = start + jnp.arange(size), begin + shortest + (index < longer)
-        return part, jnp.where((at >= begin) & (at < end), w, 0)
+        at = start + jnp.arange(size)
+        return part, jnp.where((at >= begin) & (at < begin + length), w, 0)
 
     def select(self, memory, data, weights, step, key):
         return *self._block(data, weights, step % self.num_blocks), 1
@@ -266,6 +263,15 @@ class Incremental(AbstractAccumulation):
 
     def settles(self, step):
         return True
+
+
+def _stretch(index: Array, n: int, count: int) -> tuple[Array, Array]:
+    """Where the index-th of `count` stretches of n units begins, and how long it is.
+
+    They are as equal as can be: the first ones have a unit more.
+    """
+    shortest, longer = divmod(n, count)
+    return index * shortest + jnp.minimum(index, longer), shortest + (index < longer)
 
 
 def _check_online(rate: Any, average_from: Any) -> None:

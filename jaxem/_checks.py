@@ -97,6 +97,16 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"{name} must be an integer ≥ {least}, got {value!r}.")
 
 
+def or_absent(fits: Array, weights: Any) -> Array:
+    """Whether each unit fits, or counts for nothing."""
+    return fits if weights is None else fits | (weights == 0)
+
+
+def name_of(value: Any) -> str:
+    """The name of a class, or of the class of anything else."""
+    return value.__name__ if isinstance(value, type) else type(value).__name__
+
+
 def check_nonnegative(name: str, value: Any) -> None:
     """Raises unless `value` is one number, and not negative where that is known."""
     number = isinstance(value, int | float) or (

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxem._accumulation import AbstractAccumulation, Full, scaled
+from jaxem._checks import name_of
 from jaxem._guard import is_local, knows_slope_alone, no_worse
 from jaxem._hold import with_held
 from jaxem._model import AbstractModel
@@ -181,14 +182,10 @@ class EM(AbstractAlgorithm):
     maximization: AbstractMaximization = ClosedForm()
 
     def __check_init__(self):
-        for slot, kind, example in (
-            ("expectation", AbstractExpectation, "Exact()"),
-            ("accumulation", AbstractAccumulation, "Full()"),
-            ("maximization", AbstractMaximization, "ClosedForm()"),
-        ):
+        for slot, (kind, example) in _SLOTS.items():
             value = getattr(self, slot)
             if not isinstance(value, kind):
-                got = f"{_shown(value)}{_place(value)}"
+                got = f"{name_of(value)}{_place(value)}"
                 raise ValueError(f"the {slot} of EM is one such as {example}, got {got}.")
         if self.maximization.objective and not self.accumulation.exact:
             raise ValueError(
@@ -261,21 +258,16 @@ class EM(AbstractAlgorithm):
         old = state if self.ascends else expect(state.model)
         return no_worse(expect, old, new, prior, total_weight(data, weights))
 
-    def map(
-        self,
-        state: State,
-        data: PyTree[Array],
-        *,
-        weights: Float[Array, " n"] | None = None,
-        prior: Framed | None = None,
-        key: Array | None = None,
-    ) -> State:
-        """A whole step, even where `step` takes less: the map whose fixed points are sought."""
-        given: Any = {"weights": weights, "prior": prior, "key": key}
+    def map(self, state: State, data: PyTree[Array], **given: Any) -> State:
+        """A whole step, even where `step` takes less: the map whose fixed points are sought.
+
+        Weights, prior and key are given as to `step`.
+        """
         model, memory = self.maximize(state, data, **given)
         return self.expect(model, with_memory(state, memory), data, **given)
 
     def finish(self, state, data, *, weights=None, prior=None, key=None):
+        data, weights = as_arrays(data), as_arrays(weights)
         found = self.accumulation.last(state.accumulation, state.step)
         if found is None:
             return state.model
@@ -332,7 +324,7 @@ class EM(AbstractAlgorithm):
         select_key, key = (None, None) if key is None else jax.random.split(key)
         step = state.step + 1
         data, weights, times = self.accumulation.select(
-            state.accumulation, as_arrays(data), as_arrays(weights), step, select_key
+            state.accumulation, data, weights, step, select_key
         )
 
         def e_step(model: AbstractModel) -> tuple[Framed, Float[Array, ""]]:
@@ -341,8 +333,11 @@ class EM(AbstractAlgorithm):
         return step, e_step
 
 
-def _shown(value: Any) -> str:
-    return value.__name__ if isinstance(value, type) else type(value).__name__
+_SLOTS = {
+    "expectation": (AbstractExpectation, "Exact()"),
+    "accumulation": (AbstractAccumulation, "Full()"),
+    "maximization": (AbstractMaximization, "ClosedForm()"),
+}
 
 
 def _place(value: Any) -> str:
@@ -353,11 +348,7 @@ def _place(value: Any) -> str:
         return ", which goes around an EM, not into one"
     if hasattr(value, "init") and hasattr(value, "update"):
         return ": an Optax optimiser goes into maximization=Gradient(optimiser)"
-    for slot, kind in (
-        ("expectation", AbstractExpectation),
-        ("accumulation", AbstractAccumulation),
-        ("maximization", AbstractMaximization),
-    ):
+    for slot, (kind, _) in _SLOTS.items():
         if isinstance(value, kind):
             return f": write {slot}={type(value).__name__}(…)"
     return ""

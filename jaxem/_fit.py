@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxem._adjoint import AbstractAdjoint, Implicit, Loop
-from jaxem._checks import check_nonnegative
+from jaxem._checks import check_count, check_nonnegative, name_of, or_absent
 from jaxem._em import EM, AbstractAlgorithm, State
 from jaxem._emission import AbstractEmission, float_dtype
 from jaxem._model import AbstractModel
@@ -131,15 +131,15 @@ def _what_is_wrong(result: RESULTS, model: AbstractModel, data: Any, weights: An
     """The message of a result, and the units that it is about."""
     message = RESULTS[result]
     if bool(result == RESULTS.invalid_data):
-        fits = np.asarray(model.in_support(data))
-        wrong = np.flatnonzero(~fits if weights is None else ~fits & (np.asarray(weights) != 0))
+        fits = np.asarray(or_absent(model.in_support(data), weights))
+        wrong = np.flatnonzero(~fits)
         first = ", ".join(map(str, wrong[:5])) + (", …" if len(wrong) > 5 else "")
         message += f" Here: {len(wrong)} of {len(fits)} units, number {first}."
     return message
 
 
 def _no_model(given: Any) -> str:
-    kind = given.__name__ if isinstance(given, type) else type(given).__name__
+    kind = name_of(given)
     if isinstance(given, AbstractEmission):
         advice = f"an emission becomes one by jaxem.Mixture(weights, {kind}(…))"
     elif isinstance(given, Solution):
@@ -163,8 +163,7 @@ def _check_settings(
         raise ValueError(f"the adjoint must be one such as Implicit(), got {adjoint!r}.")
     if prior is not None and not isinstance(prior, Framed):
         raise ValueError(f"prior must come from model.prior(…), got {type(prior).__name__}.")
-    if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 0:
-        raise ValueError(f"max_steps must be an integer ≥ 0, got {max_steps!r}.")
+    check_count("max_steps", max_steps, 0)
     check_nonnegative("tol", tol if tol is not None else 0.0)
     check_nonnegative("min_variance", min_variance)
 
@@ -328,8 +327,7 @@ def _resolution(statistics: Framed) -> Float[Array, ""]:
 
 
 def _valid_data(model: AbstractModel, data: PyTree[Array], weights: Any) -> Bool[Array, ""]:
-    fits = model.in_support(data)
-    return jnp.all(fits if weights is None else fits | (weights == 0))
+    return jnp.all(or_absent(model.in_support(data), weights))
 
 
 def _valid_weights(weights: Any) -> Bool[Array, ""]:

@@ -79,25 +79,33 @@ def with_held(frame: _T, model: _T) -> _T:
             if mask is not None:
                 held = jnp.where(np.reshape(mask, (-1,) + (1,) * (own.ndim - 1)), held, own)
             frame = replace(frame, **{leaf: held})
-    for field in dataclasses.fields(frame):  # pyright: ignore[reportArgumentType]
-        own, other = getattr(frame, field.name), getattr(model, field.name)
-        if hasattr(own, "natural"):
-            frame = replace(frame, **{field.name: with_held(own, other)})
-        elif isinstance(own, tuple) and any(hasattr(part, "natural") for part in own):
-            parts = tuple(with_held(a, b) for a, b in zip(own, other, strict=True))
-            frame = replace(frame, **{field.name: parts})
+    for field, own in _inner(frame):
+        other = getattr(model, field)
+        if isinstance(own, tuple):
+            merged: Any = tuple(with_held(a, b) for a, b in zip(own, other, strict=True))
+        else:
+            merged = with_held(own, other)
+        frame = replace(frame, **{field: merged})
     return frame
+
+
+def _inner(module: Any) -> Iterator[tuple[str, Any]]:
+    """Fields that hold parameters of their own: a module, or a tuple of modules."""
+    for field in dataclasses.fields(module):
+        value = getattr(module, field.name)
+        parts = value if isinstance(value, tuple) else (value,)
+        if any(hasattr(part, "natural") for part in parts):
+            yield field.name, value
 
 
 def natural_parameters(module: Any) -> dict[str, Any]:
     """Natural parameters by name, nested as the modules are."""
     named = {name: getattr(module, name) for name in module.natural}
-    for field in dataclasses.fields(module):
-        value = getattr(module, field.name)
-        if hasattr(value, "natural"):
-            named[field.name] = natural_parameters(value)
-        elif isinstance(value, tuple) and any(hasattr(part, "natural") for part in value):
-            named[field.name] = {str(i): natural_parameters(part) for i, part in enumerate(value)}
+    for field, value in _inner(module):
+        if isinstance(value, tuple):
+            named[field] = {str(i): natural_parameters(part) for i, part in enumerate(value)}
+        else:
+            named[field] = natural_parameters(value)
     return named
 
 
@@ -130,14 +138,11 @@ def _without_frames(module: _T) -> _T:
     if not hasattr(module, "natural"):
         return module
     behind = {leaf for leaves in module.natural.values() for leaf in leaves}  # pyright: ignore[reportAttributeAccessIssue]
-    changes = {}
+    changes = {field: _without_frames(value) for field, value in _inner(module)}
     for field in dataclasses.fields(module):  # pyright: ignore[reportArgumentType]
-        value = getattr(module, field.name)
-        has_parts = isinstance(value, tuple) and any(hasattr(part, "natural") for part in value)
-        if hasattr(value, "natural") or has_parts:
-            changes[field.name] = _without_frames(value)
-        elif field.name not in behind and not field.metadata.get("static", False):
-            changes[field.name] = jax.tree.map(jnp.zeros_like, value)
+        others = behind | changes.keys()
+        if field.name not in others and not field.metadata.get("static", False):
+            changes[field.name] = jax.tree.map(jnp.zeros_like, getattr(module, field.name))
     return replace(module, **changes)
 
 

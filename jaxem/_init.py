@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
-from jaxem._checks import check_values, check_weights
+from jaxem._checks import check_values, check_weights, or_absent
 from jaxem._emission import AbstractEmission, build, float_dtype, log_prob
 from jaxem._units import map_over_units, num_units, substitute
 
@@ -42,10 +42,9 @@ def pooled(
 
 def check_support(components: AbstractEmission, data: PyTree[Array], weights: Any) -> None:
     """Raises `ValueError` if a unit that counts is known to be no possible observation."""
-    fits = components.in_support(data)
     check_values(
-        fits if weights is None else fits | (weights == 0),
-        f"the data hold a NaN, an infinity or a value outside the support of "
+        or_absent(components.in_support(data), weights),
+        "the data hold a NaN, an infinity or a value outside the support of "
         f"{type(components).__name__}; give such units weight 0, or remove them.",
     )
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxem._checks import check_count, check_units, check_values
+from jaxem._checks import check_count, check_units, check_values, or_absent
 from jaxem._em import EM
 from jaxem._emission import finite
 from jaxem._hold import freeze
@@ -79,7 +79,7 @@ def kmeans(
     check_units(x, x.shape[1] if getattr(x, "ndim", 0) == 2 else 1, "kmeans")
     check_count("num_restarts", num_restarts)
     check_values(
-        finite(x) if weights is None else finite(x) | (weights == 0),
+        or_absent(finite(x), weights),
         "kmeans: the data hold a NaN or an infinity; give such units weight 0, or remove them.",
     )
     spheres: Any = SphericalGaussian  # to a type checker, a partial of it would be a call

@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike
 from jaxem import _linalg as la
 from jaxem._checks import check_continuous, check_shape, check_values
 from jaxem._emission import AbstractEmission, Emission, finite, log_prob, width
-from jaxem._hold import Held, free, held_mask, natural_parameters, replace, update
+from jaxem._hold import Held, free, natural_parameters, replace, update
 from jaxem._joint import AbstractJointModel, sums_of_joint
 from jaxem._model import all_finite
 from jaxem._posterior import AbstractPosterior
@@ -33,7 +33,7 @@ from jaxem._statistics import Framed
 from jaxem._units import num_units
 from jaxem.emissions._common import as_float, pseudo_count
 from jaxem.emissions._inputs import InputFrame, along, share_within, solve_free
-from jaxem.models.mixture import Mixture
+from jaxem.models.mixture import Mixture, check_start
 
 
 class GateSums(NamedTuple):
@@ -154,8 +154,9 @@ class LogisticGate(eqx.Module):
     def maximize(self, sums: GateSums) -> Self:
         """A Newton step within what is free, no longer than the quadratic can be trusted."""
         (k, q), eye = sums.score.shape, jnp.eye(self.num_components, dtype=sums.score.dtype)
-        own = jnp.broadcast_to(self.inputs.directions(self), (k, q, q))
-        directions = jnp.einsum("kij,kl->kilj", own, eye).reshape(k * q, k * q)
+        directions = jnp.einsum("kij,kl->kilj", self.inputs.directions(self), eye).reshape(
+            k * q, k * q
+        )
         step = solve_free(sums.curvature, sums.score.reshape(1, -1), directions)[0]
         reach = jnp.sum(step * la.apply(sums.curvature, step))
         share = share_within(reach, _LONGEST**2 * sums.units)
@@ -222,13 +223,7 @@ class MixtureOfExperts(AbstractJointModel, Generic[Emission]):
     @classmethod
     def from_mixture(cls, mixture: Mixture, num_covariates: int) -> Self:
         """A start from a mixture: its weights, whatever the covariates."""
-        if not isinstance(mixture, Mixture):
-            raise ValueError(f"from_mixture expects a Mixture, got {type(mixture).__name__}.")
-        if held_mask(mixture, "weights") is not False:
-            raise ValueError(
-                "the weights of this mixture are frozen, and those of experts depend on "
-                "covariates: unfreeze them, and freeze what should stay in the gate."
-            )
+        check_start(mixture)
         logits = la.floored_log(mixture.weights)
         slopes = jnp.zeros((len(logits), num_covariates), logits.dtype)
         return cls(LogisticGate(slopes, logits - logits[-1]), mixture.components)

@@ -37,7 +37,7 @@ from jaxem._units import (
 from jaxem.emissions._common import as_float, pseudo_count
 from jaxem.emissions.categorical import check_simplex, free_log_shares
 from jaxem.models._steps import emitted_sums, log_prob_of_steps, usable_steps
-from jaxem.models.mixture import Mixture
+from jaxem.models.mixture import Mixture, check_start
 from jaxem.models.transitions import AbstractTransition, Transition
 
 
@@ -433,13 +433,7 @@ class HMM(AbstractModel, Generic[Emission]):
         With probability `stay` a state stays; else the next one is drawn from the mixture's
         weights, as the first one is.
         """
-        if not isinstance(mixture, Mixture):
-            raise ValueError(f"from_mixture expects a Mixture, got {type(mixture).__name__}.")
-        if held_mask(mixture, "weights") is not False:
-            raise ValueError(
-                "the weights of this mixture are frozen, and an HMM has none: unfreeze them, and "
-                "freeze what should stay in the HMM."
-            )
+        check_start(mixture)
         weights = mixture.weights
         eye = jnp.eye(len(weights), dtype=weights.dtype)
         matrix = stay * eye + (1 - stay) * weights

@@ -247,3 +247,14 @@ class Mixture(AbstractJointModel, Generic[Emission]):
     def _uniform(cls, components: Any) -> Self:
         k = components.num_components
         return cls(jnp.full(k, 1 / k, float_dtype(components)), components)
+
+
+def check_start(mixture: Any) -> None:
+    """Raises `ValueError` unless a model without its weights can start from this mixture."""
+    if not isinstance(mixture, Mixture):
+        raise ValueError(f"from_mixture expects a Mixture, got {type(mixture).__name__}.")
+    if held_mask(mixture, "weights") is not False:
+        raise ValueError(
+            "the weights of this mixture are frozen, and the model that starts from it has no "
+            "such weights: unfreeze them, and freeze what should stay in that model."
+        )
