@@ -125,10 +125,10 @@ def jaxem_mixture(kind: str, means: np.ndarray) -> jaxem.Mixture:
     k, d = means.shape
     eye, one = np.eye(d, dtype=np.float32), np.float32(1)
     components = {
-        "full": lambda: jaxem.Gaussian(means, np.broadcast_to(eye, (k, d, d))),
-        "tied": lambda: jaxem.TiedGaussian(means, eye),
-        "diag": lambda: jaxem.DiagonalGaussian(means, np.ones((k, d), np.float32)),
-        "spherical": lambda: jaxem.SphericalGaussian(means, np.ones(k, np.float32)),
+        "full": lambda: jaxem.emissions.Gaussian(means, np.broadcast_to(eye, (k, d, d))),
+        "tied": lambda: jaxem.emissions.TiedGaussian(means, eye),
+        "diag": lambda: jaxem.emissions.DiagonalGaussian(means, np.ones((k, d), np.float32)),
+        "spherical": lambda: jaxem.emissions.SphericalGaussian(means, np.ones(k, np.float32)),
     }[kind]()
     return jaxem.Mixture(np.full(k, one / k, np.float32), components)
 

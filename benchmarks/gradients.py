@@ -22,7 +22,7 @@ record = functools.partial(_record, "gradients")
 products: list[int] = []
 
 
-class Counted(jaxem.GCR):
+class Counted(jaxem.em.GCR):
     """The default solver, telling how many products it made."""
 
     def compute(self, state, vector, options):
@@ -37,24 +37,26 @@ def overlapping(n: int, d: int, k: int, spread: float = 1.3) -> tuple[jaxem.Mixt
     return jaxem_mixture("full", means), jnp.asarray(x)
 
 
-def after_fit(model: Any, x: jax.Array, weights: jax.Array, adjoint: Any = jaxem.Implicit()) -> Any:
+def after_fit(
+    model: Any, x: jax.Array, sample_weight: jax.Array, adjoint: Any = jaxem.em.Implicit()
+) -> Any:
     """A number that depends on all of a fit that is done: no step is taken."""
-    options: Any = dict(weights=weights, max_steps=0, adjoint=adjoint, throw=False)
+    options: Any = dict(sample_weight=sample_weight, max_steps=0, adjoint=adjoint, throw=False)
     return jnp.sum(jaxem.fit(model, x, **options).model.components.mean ** 2)
 
 
 def implicit() -> None:
     n, d, k = 20_000, 8, 8
     start, x = overlapping(n, d, k)
-    weights = jnp.ones(n, x.dtype)
-    fit = jax.jit(lambda m: jaxem.fit(m, x, weights=weights, max_steps=3000))
+    sample_weight = jnp.ones(n, x.dtype)
+    fit = jax.jit(lambda m: jaxem.fit(m, x, sample_weight=sample_weight, max_steps=3000))
     solution = fit(start)
     model = solution.model
-    e_step = jax.jit(lambda m: m.e_step(x, weights)[1])
+    e_step = jax.jit(lambda m: m.e_step(x, sample_weight)[1])
     algorithm = jaxem.EM()
 
     def em_map(m: Any) -> Any:
-        statistics, _ = m.e_step(x, weights)
+        statistics, _ = m.e_step(x, sample_weight)
         return jax.tree.leaves(algorithm.maximization(statistics, None, None)[0])
 
     @jax.jit
@@ -62,8 +64,8 @@ def implicit() -> None:
         value, pull = jax.vjp(em_map, m)
         return pull(value)
 
-    counted = jaxem.Implicit(Counted())
-    jax.block_until_ready(jax.grad(lambda w: after_fit(model, x, w, counted))(weights))
+    counted = jaxem.em.Implicit(Counted())
+    jax.block_until_ready(jax.grad(lambda w: after_fit(model, x, w, counted))(sample_weight))
     jax.effects_barrier()
     krylov = sum(products)
     gradient = jax.jit(jax.grad(lambda w: after_fit(model, x, w)))
@@ -74,8 +76,8 @@ def implicit() -> None:
             "EM map": lambda: jax.jit(em_map)(model),
             "vjp of the EM map": lambda: em_map_vjp(model),
             "fit": lambda: fit(start),
-            "a fit of no steps": lambda: value(weights),
-            "implicit gradient of it": lambda: gradient(weights),
+            "a fit of no steps": lambda: value(sample_weight),
+            "implicit gradient of it": lambda: gradient(sample_weight),
         }
     )
     one = rows["E-step"]["median_s"]
@@ -93,23 +95,25 @@ def implicit() -> None:
 def unrolled() -> None:
     n, d, k, steps = 2_000, 2, 3, 1_000
     start, x = overlapping(n, d, k, spread=4.0)  # converged long before: the two agree
-    weights = jnp.ones(n, x.dtype)
+    sample_weight = jnp.ones(n, x.dtype)
 
     def gradient(adjoint: Any) -> Any:
         def value(w):
-            options: Any = dict(weights=w, tol=0.0, max_steps=steps, adjoint=adjoint, throw=False)
+            options: Any = dict(
+                sample_weight=w, tol=0.0, max_steps=steps, adjoint=adjoint, throw=False
+            )
             return jnp.sum(jaxem.fit(start, x, **options).model.components.mean ** 2)
 
         return jax.jit(jax.value_and_grad(value))
 
     contenders = {
-        "fit and implicit gradient": gradient(jaxem.Implicit(throw=False)),
-        "fit and unrolled gradient": gradient(jaxem.Unrolled()),
+        "fit and implicit gradient": gradient(jaxem.em.Implicit(throw=False)),
+        "fit and unrolled gradient": gradient(jaxem.em.Unrolled()),
     }
     rows: dict[str, Any] = interleave(
-        {name: functools.partial(run, weights) for name, run in contenders.items()}
+        {name: functools.partial(run, sample_weight) for name, run in contenders.items()}
     )
-    (_, a), (_, b) = (run(weights) for run in contenders.values())
+    (_, a), (_, b) = (run(sample_weight) for run in contenders.values())
     rows["largest difference, relative"] = float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)))
     record("unrolled", f"full, N={n} D={d} K={k}, {steps} steps, float32", rows)
 
@@ -127,7 +131,9 @@ def influence() -> None:
     rows |= interleave(
         {
             "fit": lambda: fit(start),
-            "influence of every unit": lambda: jaxem.influence(first_mean, solution, x),
+            "influence of every observation": lambda: jaxem.inference.influence(
+                first_mean, solution, x
+            ),
         }
     )
     record("influence", f"full, N={n} D={d} K={k}, float32", rows)
@@ -139,25 +145,26 @@ import jax, jax.numpy as jnp, jaxem
 from benchmarks.gradients import after_fit, overlapping
 n, d, k = 100_000, 32, 64
 model, x = overlapping(n, d, k)
-weights = jnp.ones(n, x.dtype)
-adjoint = jaxem.Implicit(jaxem.GCR(max_steps=10), throw=False)  # memory, not accuracy
+sample_weight = jnp.ones(n, x.dtype)
+adjoint = jaxem.em.Implicit(jaxem.em.GCR(max_steps=10), throw=False)  # memory, not accuracy
 gradient = jax.jit(jax.grad(lambda x, w: after_fit(model, x, w, adjoint), argnums=(0, 1)))
-gradient = gradient.lower(x, weights).compile()
+gradient = gradient.lower(x, sample_weight).compile()
 before = peak()
-jax.block_until_ready(gradient(x, weights))
+jax.block_until_ready(gradient(x, sample_weight))
 statistics = k * (3 + d + d * d)
-print(peak() - before, before, 2 * jaxem.GCR().basis * statistics * 4 / 2**20)
+print(peak() - before, before, 2 * jaxem.em.GCR().basis * statistics * 4 / 2**20)
 """
 
 STEPS = """
 import jax, jax.numpy as jnp, jaxem, sys
 from benchmarks.gradients import overlapping
 model, x = overlapping(20_000, 8, 8)
-weights = jnp.ones(len(x), x.dtype)
-for adjoint in (jaxem.Implicit(), jaxem.Unrolled()):
+sample_weight = jnp.ones(len(x), x.dtype)
+for adjoint in (jaxem.em.Implicit(), jaxem.em.Unrolled()):
     for steps in (100, 10_000):
-        fit = lambda w: jaxem.fit(model, x, weights=w, max_steps=steps, adjoint=adjoint).objective
-        compiled = jax.jit(jax.grad(fit)).lower(weights).compile()
+        options = dict(max_steps=steps, adjoint=adjoint)
+        fit = lambda w: jaxem.fit(model, x, sample_weight=w, **options).objective
+        compiled = jax.jit(jax.grad(fit)).lower(sample_weight).compile()
         print(compiled.memory_analysis().temp_size_in_bytes / 2**20)
 """
 

@@ -20,7 +20,7 @@ from jax import lax
 import jaxem
 from benchmarks._common import PEAK, interleave, main, python
 from benchmarks._common import record as _record
-from jaxem import chain
+from jaxem.latents import chain
 
 record = functools.partial(_record, "hmm")
 STEPS = 10
@@ -52,7 +52,7 @@ def clusters(t: int, d: int, k: int, seed: int = 0) -> tuple[np.ndarray, np.ndar
 def gaussian_hmm(matrix: np.ndarray, means: np.ndarray) -> jaxem.HMM:
     k, d = means.shape
     eye = np.broadcast_to(np.eye(d, dtype=np.float32), (k, d, d))
-    return jaxem.HMM(np.full(k, 1 / k, np.float32), matrix, jaxem.Gaussian(means, eye))
+    return jaxem.HMM(np.full(k, 1 / k, np.float32), matrix, jaxem.emissions.Gaussian(means, eye))
 
 
 def ten_steps(data: Any) -> Any:
@@ -183,7 +183,7 @@ def categorical() -> None:
         "transmat_": matrix.astype(float) / matrix.sum(1, keepdims=True, dtype=float),
         "emissionprob_": begin.astype(float) / begin.sum(1, keepdims=True, dtype=float),
     }
-    emission = jaxem.Categorical(begin[:, None, :])
+    emission = jaxem.emissions.Categorical(begin[:, None, :])
     first = jaxem.HMM(np.full(k, 1 / k, np.float32), matrix, emission)
     ours = ten_steps(jnp.asarray(x, jnp.int32)[None, :, None])
     peer = functools.partial(

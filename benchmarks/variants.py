@@ -26,30 +26,32 @@ record = functools.partial(_record, "variants")
 e_steps: list[None] = []
 
 
-class Counted(jaxem.AbstractExpectation):
+class Counted(jaxem.em.AbstractExpectation):
     """An expectation that tells each time it is executed."""
 
-    ascends: ClassVar[bool] = True
-    deterministic: ClassVar[bool] = True
-    expectation: jaxem.AbstractExpectation
+    traits: ClassVar[jaxem.em.Traits] = jaxem.em.Traits()
+    expectation: jaxem.em.AbstractExpectation
 
-    def __call__(self, model: Any, data: Any, weights: Any, step: Any, key: Any) -> Any:
+    def init(self, model: Any, problem: Any) -> Any:
+        return self.expectation.init(model, problem)
+
+    def __call__(self, model: Any, problem: Any, memory: Any, step: Any, key: Any) -> Any:
         jax.debug.callback(lambda _: e_steps.append(None), step)
-        return self.expectation(model, data, weights, step, key)
+        return self.expectation(model, problem, memory, step, key)
 
     @property
-    def closing(self) -> Any:
+    def final(self) -> Any:
         return self
 
-    def settles(self, step: Any) -> Any:
-        return self.expectation.settles(step)
+    def conclusive(self, memory: Any, step: Any) -> Any:
+        return self.expectation.conclusive(memory, step)
 
 
 MONOTONE: dict[str, Callable[[jaxem.EM], Any]] = {
     "EM": lambda em: em,
     "SQUAREM": jaxem.SQUAREM,
     "Anderson": jaxem.Anderson,
-    "Overrelaxed": jaxem.Overrelaxed,
+    "Overrelaxed": jaxem.em.Overrelaxed,
 }
 
 # Random problems, of equal shapes so that they run side by side
@@ -58,7 +60,9 @@ MONOTONE: dict[str, Callable[[jaxem.EM], Any]] = {
 def poisson_problem(rng: np.random.Generator) -> tuple[Any, Any]:
     rate = rng.gamma(4.0, 1.0, (3, 1))
     x = rng.poisson(rate[rng.integers(0, 3, 100)])
-    return jaxem.Mixture(rng.dirichlet(np.ones(3)), jaxem.Poisson(rng.gamma(4.0, 1.0, (3, 1)))), x
+    return jaxem.Mixture(
+        rng.dirichlet(np.ones(3)), jaxem.emissions.Poisson(rng.gamma(4.0, 1.0, (3, 1)))
+    ), x
 
 
 def gaussian_problem(rng: np.random.Generator) -> tuple[Any, Any]:
@@ -66,20 +70,20 @@ def gaussian_problem(rng: np.random.Generator) -> tuple[Any, Any]:
     x = centres[rng.integers(0, 2, 100)] + rng.normal(size=(100, 2))
     start = x[rng.choice(100, 2, replace=False)]
     covariance = np.broadcast_to(np.cov(x.T), (2, 2, 2))
-    return jaxem.Mixture([0.5, 0.5], jaxem.Gaussian(start, covariance)), x
+    return jaxem.Mixture([0.5, 0.5], jaxem.emissions.Gaussian(start, covariance)), x
 
 
 def diagonal_problem(rng: np.random.Generator) -> tuple[Any, Any]:
     centres = 1.5 * rng.normal(size=(3, 2))
     x = centres[rng.integers(0, 3, 100)] + rng.normal(size=(100, 2))
     start, variance = x[rng.choice(100, 3, replace=False)], x.var(axis=0)
-    return jaxem.Mixture(np.full(3, 1 / 3), jaxem.DiagonalGaussian(start, variance)), x
+    return jaxem.Mixture(np.full(3, 1 / 3), jaxem.emissions.DiagonalGaussian(start, variance)), x
 
 
 def latent_class_problem(rng: np.random.Generator) -> tuple[Any, Any]:
     p = rng.beta(1, 1, (2, 5))
     x = (rng.random((100, 5)) < p[rng.integers(0, 2, 100)]).astype(int)
-    return jaxem.Mixture([0.5, 0.5], jaxem.Bernoulli(rng.beta(2, 2, (2, 5)))), x
+    return jaxem.Mixture([0.5, 0.5], jaxem.emissions.Bernoulli(rng.beta(2, 2, (2, 5)))), x
 
 
 def chain_problem(rng: np.random.Generator) -> tuple[Any, Any]:
@@ -89,7 +93,7 @@ def chain_problem(rng: np.random.Generator) -> tuple[Any, Any]:
     for t in range(1, 60):
         z[:, t] = rng.random(2) < matrix[z[:, t - 1], 1]
     rate = rng.gamma(4.0, 1.0, (2, 1))
-    start = jaxem.Poisson(rng.gamma(4.0, 1.0, (2, 1)))
+    start = jaxem.emissions.Poisson(rng.gamma(4.0, 1.0, (2, 1)))
     return jaxem.HMM([0.5, 0.5], [[0.7, 0.3], [0.3, 0.7]], start), rng.poisson(rate[z])
 
 
@@ -97,7 +101,7 @@ def student_problem(rng: np.random.Generator) -> tuple[Any, Any]:
     centres = 3 * rng.normal(size=(2, 1))
     x = centres[rng.integers(0, 2, 100)] + rng.standard_t(rng.uniform(1.5, 8), (100, 1))
     start = x[rng.choice(100, 2, replace=False)]
-    return jaxem.Mixture([0.5, 0.5], jaxem.StudentT(start, np.ones((2, 1, 1)), 5.0)), x
+    return jaxem.Mixture([0.5, 0.5], jaxem.emissions.StudentT(start, np.ones((2, 1, 1)), 5.0)), x
 
 
 def regression_problem(rng: np.random.Generator) -> tuple[Any, Any]:
@@ -105,8 +109,10 @@ def regression_problem(rng: np.random.Generator) -> tuple[Any, Any]:
     u, slopes, level = rng.normal(size=(100, 1)), rng.normal(size=(2, 1)), rng.normal(size=(2, 1))
     z = (rng.random(100) < 1 / (1 + np.exp(-2 * u[:, 0]))).astype(int)
     y = rng.poisson(np.exp(np.clip(slopes[z] * u + level[z] + 1, -5, 5)))
-    experts = jaxem.PoissonRegression(0.3 * rng.normal(size=(2, 1, 1)), rng.normal(size=(2, 1)) + 1)
-    gate = jaxem.LogisticGate(np.zeros((2, 1)), np.zeros(2))
+    experts = jaxem.emissions.PoissonRegression(
+        0.3 * rng.normal(size=(2, 1, 1)), rng.normal(size=(2, 1)) + 1
+    )
+    gate = jaxem.factors.LogisticGate(np.zeros((2, 1)), np.zeros(2))
     return jaxem.MixtureOfExperts(gate, experts), (u, (u, y))
 
 
@@ -140,20 +146,20 @@ def ascent(count: int = 1_000, at_once: int = 50, max_steps: int = 3_000) -> Non
             rng = np.random.default_rng(0)
             pairs = [jax.tree.map(jnp.asarray, problem(rng)) for _ in range(count)]
             models, x = jax.tree.map(lambda *leaves: jnp.stack(leaves), *pairs)
-            units = jax.tree.leaves(x)[0].shape[1]
+            observations = jax.tree.leaves(x)[0].shape[1]
             rows: dict[str, Any] = {}
             ends: dict[str, np.ndarray] = {}
             for label, wrap in MONOTONE.items():
                 solution = run(models, x, wrap(jaxem.EM()))
                 history = np.asarray(solution.history)
                 falls = -np.diff(history, axis=1) / np.abs(history[:, :-1])
-                ends[label] = np.asarray(solution.objective) / units
+                ends[label] = np.asarray(solution.objective) / observations
                 lower = ends["EM"] - ends[label]
                 below, behind = np.flatnonzero(lower > 1e-6), 0
                 if below.size:
                     padded = np.resize(below, -(-below.size // at_once) * at_once)
                     onward = jax.tree.map(lambda leaf, at=padded: leaf[at], (solution.model, x))
-                    further = run(*onward, jaxem.EM()).objective[: below.size] / units
+                    further = run(*onward, jaxem.EM()).objective[: below.size] / observations
                     behind = int(np.sum(ends["EM"][below] - further <= 1e-6))
                 rows[label] = (
                     f"largest fall {max(np.nanmax(falls), 0):.1e} of the objective; "
@@ -162,7 +168,7 @@ def ascent(count: int = 1_000, at_once: int = 50, max_steps: int = 3_000) -> Non
                 )
                 if label != "EM":
                     rows[label] += (
-                        f"; more than 1e-6 per unit below EM's end {below.size / count:.1%} "
+                        f"; more than 1e-6 per observation below EM's end {below.size / count:.1%} "
                         f"({(below.size - behind) / count:.1%} at a lower maximum, "
                         f"{behind / count:.1%} not yet there), "
                         f"above it {np.mean(lower < -1e-6):.1%}"
@@ -182,29 +188,29 @@ def slow_problems() -> dict[str, tuple[Any, Any, Any]]:
         return jaxem_mixture(family, means), jnp.asarray(x), None
 
     deaths = np.array([162.0, 267, 271, 185, 111, 61, 27, 8, 3, 1])
-    london = jaxem.Mixture([0.3, 0.7], jaxem.Poisson([[1.0], [2.5]]))
+    london = jaxem.Mixture([0.3, 0.7], jaxem.emissions.Poisson([[1.0], [2.5]]))
     bits = (rng.random((2_000, 6)) < np.where(rng.random((2_000, 1)) < 0.5, 0.4, 0.6)).astype(int)
     classes = jaxem.Mixture(
-        [0.5, 0.5], jaxem.Bernoulli(np.stack([np.full(6, 0.3), np.full(6, 0.7)]))
+        [0.5, 0.5], jaxem.emissions.Bernoulli(np.stack([np.full(6, 0.3), np.full(6, 0.7)]))
     )
-    near = jaxem.HMM([0.5, 0.5], [[0.8, 0.2], [0.2, 0.8]], jaxem.Poisson([[3.0], [4.0]]))
+    near = jaxem.HMM([0.5, 0.5], [[0.8, 0.2], [0.2, 0.8]], jaxem.emissions.Poisson([[3.0], [4.0]]))
     chain, _ = near.sample(jax.random.key(0), 20, 100)
-    start = jaxem.HMM([0.5, 0.5], [[0.6, 0.4], [0.4, 0.6]], jaxem.Poisson([[2.0], [6.0]]))
+    start = jaxem.HMM([0.5, 0.5], [[0.6, 0.4], [0.4, 0.6]], jaxem.emissions.Poisson([[2.0], [6.0]]))
     words = jaxem.HMM(
         [0.5, 0.5],
         [[0.7, 0.3], [0.3, 0.7]],
-        jaxem.Categorical([[[0.4, 0.3, 0.3]], [[0.3, 0.3, 0.4]]]),
+        jaxem.emissions.Categorical([[[0.4, 0.3, 0.3]], [[0.3, 0.3, 0.4]]]),
     )
     text, _ = words.sample(jax.random.key(1), 20, 100)
     guess = jaxem.HMM(
         [0.5, 0.5],
         [[0.6, 0.4], [0.4, 0.6]],
-        jaxem.Categorical([[[0.5, 0.3, 0.2]], [[0.2, 0.3, 0.5]]]),
+        jaxem.emissions.Categorical([[[0.5, 0.3, 0.2]], [[0.2, 0.3, 0.5]]]),
     )
     tails = rng.standard_t(1.2, size=(500, 2))
-    tail = jaxem.Mixture([1.0], jaxem.StudentT([[0.5, 0.5]], [4 * np.eye(2)], 3.0))
+    tail = jaxem.Mixture([1.0], jaxem.emissions.StudentT([[0.5, 0.5]], [4 * np.eye(2)], 3.0))
     lives = rng.exponential(np.where(rng.random((1_000, 1)) < 0.5, 1.0, 2.5))
-    decay = jaxem.Mixture([0.5, 0.5], jaxem.Exponential([[2.0], [0.3]]))
+    decay = jaxem.Mixture([0.5, 0.5], jaxem.emissions.Exponential([[2.0], [0.3]]))
     return {
         "The Times' deaths, two Poissons": (london, jnp.arange(10)[:, None], jnp.asarray(deaths)),
         "overlapping Gaussians, k=3 d=2": overlapping(2_000, 2, 3, 1.3, "full"),
@@ -224,7 +230,7 @@ def acceleration() -> None:
     """E-steps and time of accelerated EM, in ratio to EM's, on slow problems in float64."""
     ratios: dict[str, list[tuple[float, float]]] = {name: [] for name in MONOTONE}
     with jax.enable_x64(True):
-        for name, (model, x, weights) in slow_problems().items():
+        for name, (model, x, sample_weight) in slow_problems().items():
             model, x = jax.tree.map(
                 lambda leaf: (
                     leaf.astype(float) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
@@ -233,9 +239,9 @@ def acceleration() -> None:
             )
             rows: dict[str, Any] = {}
             for label, wrap in MONOTONE.items():
-                options: Any = dict(weights=weights, max_steps=20_000, throw=False)
+                options: Any = dict(sample_weight=sample_weight, max_steps=20_000, throw=False)
                 run = eqx.filter_jit(functools.partial(jaxem.fit, **options))
-                counted = wrap(jaxem.EM(Counted(jaxem.Exact())))
+                counted = wrap(jaxem.EM(Counted(jaxem.em.Exact())))
                 e_steps.clear()
                 solution = jax.block_until_ready(run(model, x, counted))
                 jax.effects_barrier()
@@ -273,16 +279,16 @@ def online() -> None:
     best = jaxem.fit(start, x, max_steps=200)
     rows: dict[str, Any] = {"EM, steps": int(best.num_steps)}
     for passes in (0.5, 1, 2):
-        algorithm = jaxem.EM(accumulation=jaxem.Minibatch(size, jaxem.Power(0.6)))
+        algorithm = jaxem.EM(accumulation=jaxem.em.Online(jaxem.em.Power(0.6), batch_size=size))
         steps = int(passes * n / size)
         found = jaxem.fit(start, x, algorithm, key=jax.random.key(0), max_steps=steps)
         gap = float(best.objective - found.objective) / n
-        rows[f"nats per unit below EM's optimum after {passes} passes"] = f"{gap:.5f}"
-    record("online", f"Minibatch({size}), full, N={n} D={d} K={k}, float32", rows)
+        rows[f"nats per observation below EM's optimum after {passes} passes"] = f"{gap:.5f}"
+    record("online", f"Online(batch_size={size}), full, N={n} D={d} K={k}, float32", rows)
 
 
 def incremental() -> None:
-    """Passes over the data until the objective is within 1e-4 nats per unit of the optimum."""
+    """Passes until the objective is within 1e-4 nats per observation of the optimum."""
     n, d, k, blocks = 20_000, 4, 6, 20
     x, means = data(n, d, k, 1.5)
     start, x = jaxem_mixture("full", means), jnp.asarray(x)
@@ -291,7 +297,7 @@ def incremental() -> None:
     log_prob = eqx.filter_jit(lambda m: jnp.mean(m.log_prob(x)))
     for label, algorithm, steps in (
         ("EM", jaxem.EM(), 1),
-        (f"Incremental({blocks})", jaxem.EM(accumulation=jaxem.Incremental(blocks)), blocks),
+        (f"Incremental({blocks})", jaxem.EM(accumulation=jaxem.em.Incremental(blocks)), blocks),
     ):
         init, step = eqx.filter_jit(algorithm.init), eqx.filter_jit(algorithm.step)
         state, passes = init(start, x), 1
@@ -304,20 +310,20 @@ def incremental() -> None:
 
 
 def sampled() -> None:
-    """How far stochastic variants end from EM's optimum, in nats for all units; ten seeds."""
+    """How far stochastic variants end from EM's optimum, in nats for all the data; ten seeds."""
     n, d, k = 2_000, 2, 3
     x, means = data(n, d, k, 2.0)
     start, x = jaxem_mixture("full", means), jnp.asarray(x)
     best = float(jaxem.fit(start, x, max_steps=5_000).objective)
-    rates = functools.partial(jaxem.Power, 0.7, 1.0)
+    rates = functools.partial(jaxem.em.Power, 0.7, 1.0)
     variants = {
-        "SEM, 500 steps": (jaxem.EM(jaxem.Sampled()), 500),
+        "SEM, 500 steps": (jaxem.EM(jaxem.em.Sampled()), 500),
         "Monte-Carlo EM, draws growing to 100, 100 steps": (
-            jaxem.EM(jaxem.Sampled(jaxem.Linear(1, 1))),
+            jaxem.EM(jaxem.em.Sampled(jaxem.em.Linear(1, 1))),
             100,
         ),
-        "SAEM, 500 steps": (jaxem.EM(jaxem.Sampled(), jaxem.Running(rates(200))), 500),
-        "SAEM, 5000 steps": (jaxem.EM(jaxem.Sampled(), jaxem.Running(rates(1_000))), 5_000),
+        "SAEM, 500 steps": (jaxem.EM(jaxem.em.Sampled(), jaxem.em.Online(rates(200))), 500),
+        "SAEM, 5000 steps": (jaxem.EM(jaxem.em.Sampled(), jaxem.em.Online(rates(1_000))), 5_000),
     }
     rows: dict[str, Any] = {}
     for label, (algorithm, steps) in variants.items():
@@ -341,11 +347,15 @@ def trapping_problems() -> dict[str, tuple[Any, Callable[[Any], Any]]]:
 
     def means_at_units(key: Any) -> Any:
         means = jax.random.choice(key, three, (3,), replace=False)
-        model = jaxem.Mixture(np.full(3, 1 / 3), jaxem.SphericalGaussian(means, np.ones(3)))
+        model = jaxem.Mixture(
+            np.full(3, 1 / 3), jaxem.emissions.SphericalGaussian(means, np.ones(3))
+        )
         return jaxem.freeze(model, "weights", "components.variance")
 
     def init(key: Any) -> Any:
-        return jaxem.Mixture.init(key, nine, side**2, jaxem.SphericalGaussian, method="random")
+        return jaxem.Mixture.init(
+            key, nine, side**2, jaxem.emissions.SphericalGaussian, method="random"
+        )
 
     return {
         # Two near, one far, and a lower maximum with one mean for the two: Jin, Zhang,
@@ -361,7 +371,7 @@ def annealing() -> None:
     temperatures = ((1.5, 0.9), (2.0, 0.95), (5.0, 0.9), (100.0, 0.95))
     algorithms = {"EM": jaxem.EM()} | {
         f"Annealed, from {first:g} by {factor}": jaxem.EM(
-            jaxem.Annealed(jaxem.Geometric(first, factor))
+            jaxem.em.Annealed(jaxem.em.Geometric(first, factor))
         )
         for first, factor in temperatures
     }
@@ -377,7 +387,7 @@ def annealing() -> None:
             best = max(np.nanmax(values) for values in ends.values())
             rows: dict[str, Any] = {
                 label: f"{np.sum(values > best - 1e-3 * len(x))} of {starts}; median "
-                f"{np.nanmedian(best - values) / len(x):.3f} nats per unit below"
+                f"{np.nanmedian(best - values) / len(x):.3f} nats per observation below"
                 for label, values in ends.items()
             }
             record("annealing", f"{name}, float64", rows)
@@ -388,7 +398,7 @@ def throughput() -> None:
     n, d, k, size = 1_000_000, 8, 16, 20_000
     x, means = data(n, d, k, 2.0)
     model, x = jaxem_mixture("full", means), jnp.asarray(x)
-    full, batch = jaxem.EM(), jaxem.EM(accumulation=jaxem.Minibatch(size))
+    full, batch = jaxem.EM(), jaxem.EM(accumulation=jaxem.em.Online(batch_size=size))
     steps = n // size
     key = jax.random.key(0)
 
@@ -403,7 +413,7 @@ def throughput() -> None:
     begun, begun_batch = full.init(model, x), batch.init(model, x, key=key)
     rows: dict[str, Any] = interleave(
         {
-            f"{steps} steps of Minibatch({size})": lambda: pass_of(begun_batch),
+            f"{steps} steps of Online(batch_size={size})": lambda: pass_of(begun_batch),
             "a full step": lambda: whole(begun, x),
         },
         runs=25,
@@ -420,7 +430,7 @@ def gradient() -> None:
     traces: list[None] = []
     rows: dict[str, Any] = {}
     for label, optimiser in {"L-BFGS": optax.lbfgs(), "Adam(0.02)": optax.adam(0.02)}.items():
-        algorithm = jaxem.EM(maximization=jaxem.Gradient(optimiser, 5))
+        algorithm = jaxem.EM(maximization=jaxem.em.Gradient(optimiser, 5))
         traces.clear()
 
         @eqx.filter_jit

@@ -28,7 +28,7 @@ keys = jax.random.split(jax.random.key(0), 20)
 
 def fit_all(k):
     def start(key):
-        free = jaxem.HMM.init(key, x, k, jaxem.Poisson)
+        free = jaxem.HMM.init(key, x, k, jaxem.emissions.Poisson)
         return jaxem.HMM("stationary", free.transition, free.emission)
 
     return jaxem.fit_restarts(jax.vmap(start)(keys), x, tol=1e-7, max_steps=2000)
@@ -40,7 +40,7 @@ fits, aic, bic = {}, {}, {}
 for k in range(1, 6):
     runs = fit_all(k)
     fits[k] = jaxem.best(runs)
-    aic[k], bic[k] = float(jaxem.aic(fits[k], x)), float(jaxem.bic(fits[k], x))
+    aic[k], bic[k] = float(jaxem.inference.aic(fits[k], x)), float(jaxem.inference.bic(fits[k], x))
     there = int(jnp.sum(runs.objective > fits[k].objective - 1e-3))
     rates = np.sort(fits[k].model.emission.rate[:, 0])
     print(

@@ -36,10 +36,12 @@ def log_posteriors(network, labelled, unlabelled, queries):
     embed = jax.vmap(network)
     known = embed(labelled.reshape(-1, 64)).reshape(10, LABELLED, -1)
     others = embed(jnp.concatenate([unlabelled, queries], axis=1).reshape(-1, 64))
-    spheres = jaxem.SphericalGaussian(jnp.mean(known, axis=1), jnp.mean(jnp.var(others, axis=0)))
+    spheres = jaxem.emissions.SphericalGaussian(
+        jnp.mean(known, axis=1), jnp.mean(jnp.var(others, axis=0))
+    )
     start = jaxem.freeze(jaxem.Mixture(jnp.full(10, 0.1), spheres), "weights")
-    units = jnp.concatenate([known.reshape(30, -1), others])
-    fitted = jaxem.fit(start, units, max_steps=50, throw=False).model
+    observations = jnp.concatenate([known.reshape(30, -1), others])
+    fitted = jaxem.fit(start, observations, max_steps=50, throw=False).model
     return jnp.log(1e-6 + fitted.responsibilities(embed(queries.reshape(-1, 64))))
 
 

@@ -30,7 +30,9 @@ def estimate(counts):
 
 if __name__ == "__main__":
     jax.config.update("jax_enable_x64", True)
-    counts = jnp.array([[125.0, 18.0, 20.0, 34.0]])  # the leading axis is the unit: one experiment
+    counts = jnp.array(
+        [[125.0, 18.0, 20.0, 34.0]]
+    )  # the leading axis is the observation: one experiment
     solution = estimate(counts)
     print(solution)
     print(f"\ntheta = {solution.model.params:.10f}")

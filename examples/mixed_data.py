@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxem
-from jaxem import Categorical, Gaussian, Independent, Poisson
+from jaxem.emissions import Categorical, Gaussian, Independent, Poisson
 
 jax.config.update("jax_enable_x64", True)
 path = pathlib.Path(__file__).parent / "data" / "bioChemists.csv"
@@ -27,24 +27,20 @@ fitted = jnp.ones(n).at[::5].set(0)  # every fifth student is held out: weight 0
 
 binary = functools.partial(Categorical, num_categories=2)
 family = functools.partial(Independent, families=(Gaussian, Poisson, binary))
-
-
-def start(key):
-    return jaxem.Mixture.init(key, students, 3, family, weights=fitted)
-
-
-starts = jax.vmap(start)(jax.random.split(jax.random.key(0), 20))
-model = jax.tree.map(lambda leaf: leaf[0], starts)
+init, key = jaxem.Mixture.init, jax.random.key(0)
+model = init(key, students, 3, family, sample_weight=fitted)
 gaussian, poisson, categorical = model.components.parts
 prior = model.prior(
-    weights=2.0,
+    weights=3.0,
     components=model.components.prior(
-        gaussian.prior(covariance=[[1.0]], covariance_count=4.0),
-        poisson.prior(shape=1.5, rate=0.5),
-        categorical.prior(concentration=2.0),
+        gaussian.prior({"covariance": 4.0}, covariance=[[1.0]]),
+        poisson.prior(0.5, rate=1.0),
+        categorical.prior(2.0, probability=0.5),
     ),
 )
-free = jaxem.best(jaxem.fit_restarts(starts, students, weights=fitted, prior=prior))
+free = jaxem.fit_best(
+    init, key, students, 3, family, num_starts=20, sample_weight=fitted, prior=prior
+)
 gaussian, poisson, categorical = free.model.components.parts
 
 print("class   share   prestige   articles   by the mentor   young children   women   married")
@@ -60,10 +56,10 @@ for k in jnp.argsort(poisson.rate[:, 0]):
 share = jnp.average(jax.nn.one_hot(codes, 2), axis=0, weights=fitted)
 alike = Independent((gaussian, poisson, Categorical(jnp.broadcast_to(share, (3, 2, 2)))))
 null = jaxem.freeze(jaxem.Mixture(free.model.weights, alike), "components.parts.2.probability")
-held = jaxem.fit(null, students, weights=fitted, prior=prior)
+frozen = jaxem.fit(null, students, sample_weight=fitted, prior=prior)
 
 print("\nclasses differ in sex and marriage   log-likelihood      BIC   held-out students, each")
-for answer, fit in (("yes", free), ("no", held)):
+for answer, fit in (("yes", free), ("no", frozen)):
     outside = fit.model.log_prob(students)[fitted == 0].mean()
-    bic = jaxem.bic(fit, students, weights=fitted)
+    bic = jaxem.inference.bic(fit, students, sample_weight=fitted)
     print(f"{answer:>34s}{fit.log_likelihood:17.2f}{bic:9.1f}{outside:26.4f}")

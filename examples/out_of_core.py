@@ -55,7 +55,7 @@ def e_step_of_file(model, path):
 with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / "points.f32"
     means = jnp.array([[0.0, 0.0], [4.0, 1.0], [1.0, 5.0]])
-    truth = jaxem.Mixture([0.2, 0.3, 0.5], jaxem.SphericalGaussian(means, jnp.ones(3)))
+    truth = jaxem.Mixture([0.2, 0.3, 0.5], jaxem.emissions.SphericalGaussian(means, jnp.ones(3)))
     points = np.memmap(path, np.float32, mode="w+", shape=SHAPE)
     for i, start in enumerate(range(0, NUM_POINTS, CHUNK)):
         size = min(CHUNK, NUM_POINTS - start)
@@ -63,7 +63,7 @@ with tempfile.TemporaryDirectory() as folder:
     points.flush()
     print(f"{path.stat().st_size / 2**20:.0f} MiB on disk, {CHUNK * 8 / 2**20:.1f} MiB at a time")
 
-    start = jaxem.Mixture.init(jax.random.key(1), next(chunks(path)), 3, jaxem.Gaussian)
+    start = jaxem.Mixture.init(jax.random.key(1), next(chunks(path)), 3, jaxem.emissions.Gaussian)
     model = start
     for step in range(NUM_STEPS):
         statistics, log_likelihood = e_step_of_file(model, path)

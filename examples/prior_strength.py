@@ -1,9 +1,9 @@
 """How strong should a prior be? Gradient descent on the validation likelihood.
 
 Three Gaussians are fitted to 40 eruptions of Old Faithful, with a conjugate prior that pulls each
-covariance towards that of the whole: worth as many units as its strength says. The derivative of
-the likelihood of held-out eruptions passes through the fit by the implicit function theorem, at
-the cost of one linear solve. Run `python examples/prior_strength.py`.
+covariance towards that of the whole: worth as many observations as its strength says. The
+derivative of the likelihood of held-out eruptions passes through the fit by the implicit function
+theorem, at the cost of one linear solve. Run `python examples/prior_strength.py`.
 """
 
 import pathlib
@@ -20,12 +20,12 @@ data = pathlib.Path(__file__).parent / "data" / "faithful.csv"
 x = np.loadtxt(data, delimiter=",", skiprows=1)
 x = np.random.default_rng(0).permutation((x - x.mean(axis=0)) / x.std(axis=0))
 train, validation, test = jnp.asarray(x[:40]), jnp.asarray(x[40:140]), jnp.asarray(x[140:])
-start = jaxem.Mixture.init(jax.random.key(0), train, 3, jaxem.Gaussian)
+start = jaxem.Mixture.init(jax.random.key(0), train, 3, jaxem.emissions.Gaussian)
 
 
 def fitted(log_strength):
     pull = start.components.prior(
-        covariance=jnp.cov(train.T), covariance_count=jnp.exp(log_strength)
+        {"covariance": jnp.exp(log_strength)}, covariance=jnp.cov(train.T)
     )
     return jaxem.fit(start, train, prior=start.prior(components=pull), throw=False)
 
@@ -39,7 +39,7 @@ def loss(log_strength):
 log_strength = jnp.asarray(0.0)
 optimiser = optax.adam(0.1)
 state = optimiser.init(log_strength)
-print("iteration   strength (units)   validation loss   slope")
+print("iteration   strength (observations)   validation loss   slope")
 for i in range(31):
     value, slope = loss(log_strength)
     if i % 5 == 0:

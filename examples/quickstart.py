@@ -21,7 +21,7 @@ keys = jax.random.split(jax.random.key(0), 100)
 
 
 def fit_all(k):
-    starts = jax.vmap(lambda key: jaxem.Mixture.init(key, x, k, jaxem.Gaussian))(keys)
+    starts = jax.vmap(lambda key: jaxem.Mixture.init(key, x, k, jaxem.emissions.Gaussian))(keys)
     return jaxem.fit_restarts(starts, x, max_steps=2000)
 
 
@@ -31,10 +31,10 @@ runs, fits, bic = {}, {}, {}
 for k in range(1, 6):
     runs[k] = fit_all(k)
     fits[k] = jaxem.best(runs[k])
-    bic[k] = float(jaxem.bic(fits[k], x))
+    bic[k] = float(jaxem.inference.bic(fits[k], x))
     print(
         f"{k:3d}{fits[k].log_likelihood:17.2f}{fits[k].model.num_free_parameters:13d}"
-        f"{bic[k]:9.1f}{jaxem.icl(fits[k], x):9.1f}{fits[k].set_aside:12d}   "
+        f"{bic[k]:9.1f}{jaxem.inference.icl(fits[k], x):9.1f}{fits[k].set_aside:12d}   "
         + str(runs[k]).split(": ")[1]
     )
 chosen = min(bic, key=bic.__getitem__)

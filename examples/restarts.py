@@ -22,7 +22,7 @@ x = jnp.asarray(velocity)[:, None]
 
 
 def start(key):
-    return jaxem.Mixture.init(key, x, 5, jaxem.Gaussian, method="random")
+    return jaxem.Mixture.init(key, x, 5, jaxem.emissions.Gaussian, method="random")
 
 
 starts = jax.vmap(start)(jax.random.split(jax.random.key(0), 100))
@@ -36,9 +36,7 @@ maxima, first, counts = np.unique(
 for value, i, count in [*zip(maxima, first, counts, strict=True)][::-1][:8]:
     lane = jax.tree.map(lambda leaf, i=i: leaf[i], runs)
     variance, weight = lane.model.components.covariance.min(), lane.model.weights.min()
-    print(
-        f"{value:14.3f}{count:9d}{variance:20.5f}{weight:18.4f}   {jaxem.result_name(lane.result)}"
-    )
+    print(f"{value:14.3f}{count:9d}{variance:20.5f}{weight:18.4f}   {lane.status}")
 
 chosen = jaxem.best(runs)
 print(f"\nThe best sound maximum, {int(chosen.set_aside)} higher ones set aside:\n{chosen}\n")

@@ -20,34 +20,36 @@ from jaxem import EM
 
 jax.config.update("jax_enable_x64", True)
 
-truth = jaxem.Mixture([0.4, 0.35, 0.25], jaxem.Poisson([[2.0, 5.0], [4.0, 3.0], [7.0, 6.0]]))
+truth = jaxem.Mixture(
+    [0.4, 0.35, 0.25], jaxem.emissions.Poisson([[2.0, 5.0], [4.0, 3.0], [7.0, 6.0]])
+)
 x, _ = truth.sample(jax.random.key(0), 4_000)
-start = jaxem.Mixture.init(jax.random.key(3), x, 3, jaxem.Poisson)
+start = jaxem.Mixture.init(jax.random.key(3), x, 3, jaxem.emissions.Poisson)
 best = jaxem.fit(start, x, tol=1e-13, max_steps=20_000)
 
-blocks = jaxem.Conditional(
-    ("weights", jaxem.ClosedForm()), ("components.rate", jaxem.Gradient(optax.lbfgs(), 3))
+blocks = jaxem.em.Conditional(
+    ("weights", jaxem.em.ClosedForm()), ("components.rate", jaxem.em.Gradient(optax.lbfgs(), 3))
 )
-average = jaxem.Power(0.7, burn_in=50)
+average = jaxem.em.Power(0.7, burn_in=50)
 variants = {  # the algorithm, its steps, and what a step costs in E-steps
     "EM": (EM(), 300, 1),
     "SQUAREM": (jaxem.SQUAREM(), 40, 3),
     "Anderson": (jaxem.Anderson(), 80, 1),
-    "over-relaxed": (jaxem.Overrelaxed(), 150, 1),
-    "hard EM": (EM(jaxem.Hard()), 50, 1),
-    "annealed": (EM(jaxem.Annealed(jaxem.Geometric(1.5, 0.9))), 300, 1),
-    "gradient (Adam)": (EM(maximization=jaxem.Gradient(optax.adam(0.02), 5)), 300, 1),
-    "gradient (L-BFGS)": (EM(maximization=jaxem.Gradient(optax.lbfgs(), 3)), 300, 1),
+    "over-relaxed": (jaxem.em.Overrelaxed(), 150, 1),
+    "hard EM": (EM(jaxem.em.Hard()), 50, 1),
+    "annealed": (EM(jaxem.em.Annealed(jaxem.em.Geometric(1.5, 0.9))), 300, 1),
+    "gradient (Adam)": (EM(maximization=jaxem.em.Gradient(optax.adam(0.02), 5)), 300, 1),
+    "gradient (L-BFGS)": (EM(maximization=jaxem.em.Gradient(optax.lbfgs(), 3)), 300, 1),
     "conditional (ECM)": (EM(maximization=blocks), 300, 1),
-    "incremental, 10 blocks": (EM(accumulation=jaxem.Incremental(10)), 2_000, 0.1),
+    "incremental, 10 blocks": (EM(accumulation=jaxem.em.Incremental(10)), 2_000, 0.1),
     "online, batches of 200": (
-        EM(accumulation=jaxem.Minibatch(200, jaxem.Power(0.7))),
+        EM(accumulation=jaxem.em.Online(jaxem.em.Power(0.7), batch_size=200)),
         2_000,
         0.05,
     ),
-    "stochastic (SEM)": (EM(jaxem.Sampled()), 150, 1),
-    "Monte-Carlo": (EM(jaxem.Sampled(jaxem.Linear(1, 0.2))), 60, 7),
-    "stochastic approximation": (EM(jaxem.Sampled(), jaxem.Running(average)), 300, 1),
+    "stochastic (SEM)": (EM(jaxem.em.Sampled()), 150, 1),
+    "Monte-Carlo": (EM(jaxem.em.Sampled(jaxem.em.Linear(1, 0.2))), 60, 7),
+    "stochastic approximation": (EM(jaxem.em.Sampled(), jaxem.em.Online(average)), 300, 1),
 }
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
@@ -61,10 +63,7 @@ for number, (name, (algorithm, steps, cost)) in enumerate(variants.items()):
     solution = jax.block_until_ready(run(start))
     seconds, taken = time.perf_counter() - begun, int(solution.num_steps)
     gap = float(best.objective - solution.objective)
-    print(
-        f"{name:<26}{taken:>6}{cost * taken:>9.0f}{seconds:>9.3f}{gap:>19.2g}  "
-        f"{jaxem.result_name(solution.result)}"
-    )
+    print(f"{name:<26}{taken:>6}{cost * taken:>9.0f}{seconds:>9.3f}{gap:>19.2g}  {solution.status}")
     passes = np.arange(0, taken + 1, max(1, round(1 / cost)))  # once a pass over the data
     below = float(best.objective) - np.asarray(solution.history)[passes]
     below[below < 1e-8] = np.nan  # converged; or an estimate, above the optimum

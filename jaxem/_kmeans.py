@@ -1,7 +1,7 @@
-"""k-means as hard EM: a mixture of spheres whose weights and one scale are held.
+"""k-means as hard EM: a mixture of spheres whose weights and one scale are frozen.
 
-With equal weights and one variance the hard E-step assigns each unit to the nearest centroid,
-and the M-step moves each centroid to the mean of its units: Lloyd's algorithm.
+With equal weights and one variance the hard E-step assigns each observation to the nearest
+centroid, and the M-step moves each centroid to the mean of its observations: Lloyd's algorithm.
 """
 
 from __future__ import annotations
@@ -14,16 +14,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxem._checks import check_count, check_units, check_values, or_absent
-from jaxem._em import EM
-from jaxem._emission import finite
-from jaxem._hold import freeze
-from jaxem._posterior import Hard
-from jaxem._repr import numbers
-from jaxem._restarts import fit_restarts
-from jaxem._solution import Solution, lane_order
-from jaxem._units import as_arrays, sum_over_units
+from jaxem._core.blocks import as_arrays, sum_over_observations
+from jaxem._core.checks import (
+    check_count,
+    check_observations,
+    check_values,
+    num_features,
+    or_absent,
+)
+from jaxem._core.freezing import freeze
+from jaxem._core.numerics import finite
+from jaxem._core.printing import numbers
+from jaxem.em._em import EM
+from jaxem.em._restarts import fit_restarts
+from jaxem.em._solution import Solution, lane_order
 from jaxem.emissions import SphericalGaussian
+from jaxem.latents import Hard
 from jaxem.models import Mixture
 
 
@@ -32,7 +38,7 @@ class KMeans(eqx.Module):
 
     - `centroids` (k, d).
     - `inertia`: Σ w ‖x − nearest centroid‖², from the residuals themselves.
-    - `sizes` (k,): weight of the units of each cluster.
+    - `sizes` (k,): weight of the observations of each cluster.
     - `empty` (k,): clusters without any.
     - `solution`: how the best start ended; its model predicts.
     """
@@ -51,7 +57,7 @@ class KMeans(eqx.Module):
         )
 
     def predict(self, x: Float[Array, "n d"]) -> Int[Array, " n"]:
-        """The nearest centroid of each unit."""
+        """The nearest centroid of each observation."""
         return self.solution.model.predict(x)
 
 
@@ -60,7 +66,7 @@ def kmeans(
     x: Float[Array, "n d"],
     num_clusters: int,
     *,
-    weights: Float[Array, " n"] | None = None,
+    sample_weight: Float[Array, " n"] | None = None,
     num_restarts: int = 10,
     tol: float | None = None,
     max_steps: int = 300,
@@ -70,29 +76,32 @@ def kmeans(
     **Arguments:** as for `fit`; the key draws the starts. A start that ends with an empty cluster
     counts as degenerate and is returned only if every start does.
 
-    **Raises:** `ValueError` for wrong shapes or dtypes, more clusters than units, or a unit that
-    is not finite; under `jit`, where that is not known, `solution.result` says it.
+    **Raises:** `ValueError` for wrong shapes or dtypes, more clusters than observations, or an
+    observation that is not finite; under `jit`, where that is not known, `solution.result` says it.
 
     Lloyd (1982), IEEE Trans. Inf. Theory 28; Arthur & Vassilvitskii (2007), SODA.
     """
-    x, weights = as_arrays(x), as_arrays(weights)
-    check_units(x, x.shape[1] if getattr(x, "ndim", 0) == 2 else 1, "kmeans")
+    x, sample_weight = as_arrays(x), as_arrays(sample_weight)
+    check_observations(x, num_features(x), "kmeans")
     check_count("num_restarts", num_restarts)
     check_values(
-        or_absent(finite(x), weights),
-        "kmeans: the data hold a NaN or an infinity; give such units weight 0, or remove them.",
+        or_absent(finite(x), sample_weight),
+        "kmeans: the data hold a NaN or an infinity; give such observations weight 0, or remove "
+        "them.",
     )
     spheres: Any = SphericalGaussian  # to a type checker, a partial of it would be a call
     family = functools.partial(spheres, tied=True)
 
     def start(start_key: Array) -> Mixture:
-        model = Mixture.init(start_key, x, num_clusters, family, weights=weights)
+        model = Mixture.init(start_key, x, num_clusters, family, sample_weight=sample_weight)
         return freeze(model, "weights", "components.variance")
 
     models = jax.vmap(start)(jax.random.split(key, num_restarts))
-    runs = fit_restarts(models, x, EM(Hard()), weights=weights, tol=tol, max_steps=max_steps)
+    runs = fit_restarts(
+        models, x, EM(Hard()), sample_weight=sample_weight, tol=tol, max_steps=max_steps
+    )
     # Starts differ in the scale they hold, which is no part of k-means: compare inertias.
-    inertias = _inertias(runs.model.components.mean, x, weights)
+    inertias = _inertias(runs.model.components.mean, x, sample_weight)
     winner = lane_order(eqx.tree_at(lambda s: s.objective, runs, -inertias))[0]
     solution = jax.tree.map(lambda leaf: leaf[winner], runs)
     sizes, _ = solution.statistics.sums
@@ -101,13 +110,15 @@ def kmeans(
 
 @jax.jit
 def _inertias(
-    centroids: Float[Array, "lanes k d"], x: Float[Array, "n d"], weights: Float[Array, " n"] | None
+    centroids: Float[Array, "lanes k d"],
+    x: Float[Array, "n d"],
+    sample_weight: Float[Array, " n"] | None,
 ) -> Float[Array, " lanes"]:
-    return jax.lax.map(lambda lane: inertia(lane, x, weights), centroids)
+    return jax.lax.map(lambda lane: inertia(lane, x, sample_weight), centroids)
 
 
 def inertia(
-    centroids: Float[Array, "k d"], x: Float[Array, "n d"], weights: Float[Array, " n"] | None
+    centroids: Float[Array, "k d"], x: Float[Array, "n d"], sample_weight: Float[Array, " n"] | None
 ) -> Float[Array, ""]:
     """Σ w ‖x − nearest centroid‖², from residuals, without cancellation."""
 
@@ -116,4 +127,4 @@ def inertia(
         nearest = jnp.min(jnp.sum(gaps * gaps, axis=1), axis=0)
         return jnp.sum(nearest if w is None else jnp.where(w != 0, w * nearest, 0))
 
-    return sum_over_units(block, x, weights, width=centroids.size)
+    return sum_over_observations(block, x, sample_weight, width=centroids.size)

@@ -17,8 +17,8 @@ CONVERGED = dict(tol=1e-13, max_steps=20_000, throw=False)
 def objective_of(solution, data):
     """Something smooth that sees every part of a fitted model."""
     model = solution.model
-    natural = jax.tree.leaves(jaxem._hold.natural_parameters(model))
-    spread = sum(jnp.sum(jnp.cos(leaf)) for leaf in natural)
+    parameters = jax.tree.leaves(jaxem._core.parameters.named_parameters(model))
+    spread = sum(jnp.sum(jnp.cos(leaf)) for leaf in parameters)
     return jnp.sum(jnp.sin(model.log_prob(data))) + spread + 0.1 * solution.objective
 
 
@@ -33,10 +33,15 @@ def perturbed_fit(case, adjoint, t, **options):
         return leaf * (1 + t[0] * rng.normal(size=leaf.shape))
 
     data = jax.tree.map(shift, case.data)
-    weights = 1 + t[1] * rng.normal(size=n)
-    prior = (1 + t[2]) * case.model.prior(weights=1.5, components=case.prior)
+    sample_weight = 1 + t[1] * rng.normal(size=n)
+    prior = (1 + t[2]) * case.model.prior(weights=1.0, components=case.prior)
     solution = jaxem.fit(
-        case.model, data, weights=weights, prior=prior, adjoint=adjoint, **(CONVERGED | options)
+        case.model,
+        data,
+        sample_weight=sample_weight,
+        prior=prior,
+        adjoint=adjoint,
+        **(CONVERGED | options),
     )
     return objective_of(solution, case.data)
 
@@ -67,7 +72,7 @@ ZERO = jnp.zeros(3)
 def test_implicit_gradient(name):
     """Data, weights and prior move; compiled, and side by side with another lane."""
     case = CASES[name]()
-    agree(*gradient_and_difference(lambda t: perturbed_fit(case, jaxem.Implicit(), t)), 1e-6)
+    agree(*gradient_and_difference(lambda t: perturbed_fit(case, jaxem.em.Implicit(), t)), 1e-6)
 
 
 @pytest.mark.parametrize("name", ["gaussian", "diagonal-tied", "categorical", "independent"])
@@ -78,24 +83,24 @@ def test_gradients_through_the_steps(name):
     def value(t, adjoint):
         return perturbed_fit(case, adjoint, t, tol=0.0, max_steps=3)
 
-    unrolled = functools.partial(value, adjoint=jaxem.Unrolled())
+    unrolled = functools.partial(value, adjoint=jaxem.em.Unrolled())
     backwards, differences = gradient_and_difference(unrolled)
     agree(backwards, differences, 1e-6)
-    forwards = jax.jit(jax.jacfwd(functools.partial(value, adjoint=jaxem.Forward())))(ZERO)
+    forwards = jax.jit(jax.jacfwd(functools.partial(value, adjoint=jaxem.em.Forward())))(ZERO)
     agree(forwards, differences, 1e-6)
 
 
 @pytest.mark.parametrize("name", ["gaussian", "poisson"])
 def test_every_adjoint_and_both_modes_agree(name):
     case = CASES[name]()
-    expected = jax.jit(jax.grad(lambda t: perturbed_fit(case, jaxem.Implicit(), t)))(ZERO)
+    expected = jax.jit(jax.grad(lambda t: perturbed_fit(case, jaxem.em.Implicit(), t)))(ZERO)
     assert jnp.all(expected != 0) or name == "poisson"  # counts do not move with t[0]
     for adjoint, transform in [
-        (jaxem.Implicit(), jax.jacfwd),
-        (jaxem.Forward(), jax.jacfwd),
-        (jaxem.Unrolled(), jax.grad),
+        (jaxem.em.Implicit(), jax.jacfwd),
+        (jaxem.em.Forward(), jax.jacfwd),
+        (jaxem.em.Unrolled(), jax.grad),
     ]:
-        fast = {} if adjoint == jaxem.Implicit() else {"max_steps": 2000}
+        fast = {} if adjoint == jaxem.em.Implicit() else {"max_steps": 2000}
         other = jax.jit(transform(lambda t: perturbed_fit(case, adjoint, t, **fast)))  # noqa: B023
         agree(other(ZERO), expected, 1e-6)
 
@@ -105,11 +110,11 @@ def test_gradient_with_respect_to_what_is_held():
     model = jaxem.freeze(case.model, "components.mean", mask=[True, False])
     model = jaxem.freeze(model, "weights")
 
-    def value(t, adjoint=jaxem.Implicit()):
+    def value(t, adjoint=jaxem.em.Implicit()):
         moved = eqx.tree_at(
-            lambda m: (m.components.mean, m.logits),
+            lambda m: (m.components.mean, m._weights.logits),
             model,
-            (model.components.mean.at[0].add(t[:2]), model.logits.at[1].add(t[2])),
+            (model.components.mean.at[0].add(t[:2]), model._weights.logits.at[1].add(t[2])),
         )
         solution = jaxem.fit(moved, case.data, adjoint=adjoint, **CONVERGED)
         return objective_of(solution, case.data)
@@ -131,21 +136,23 @@ def test_start_has_no_derivative_under_implicit_and_one_under_unrolled():
     def gradient(adjoint):
         return jax.jit(jax.grad(lambda t: value(t[0], adjoint)))(jnp.zeros(1))
 
-    difference = central(jax.jit(lambda t: value(t[0], jaxem.Unrolled())), jnp.zeros(1))
+    difference = central(jax.jit(lambda t: value(t[0], jaxem.em.Unrolled())), jnp.zeros(1))
     assert abs(difference[0]) > 1e-3
-    agree(gradient(jaxem.Unrolled()), difference, 1e-6)
-    assert gradient(jaxem.Implicit())[0] == 0
+    agree(gradient(jaxem.em.Unrolled()), difference, 1e-6)
+    assert gradient(jaxem.em.Implicit())[0] == 0
 
 
 def test_truncation_error_shrinks_at_the_rate_of_convergence():
     case = CASES["poisson"]()
-    exact = jax.jit(jax.grad(lambda t: perturbed_fit(case, jaxem.Implicit(), t)))(ZERO)[1:]
+    exact = jax.jit(jax.grad(lambda t: perturbed_fit(case, jaxem.em.Implicit(), t)))(ZERO)[1:]
     errors = []
     for k in (2, 4, 8, 16):
-        grad = jax.grad(lambda t: perturbed_fit(case, jaxem.Truncated(k), t))  # noqa: B023
+        grad = jax.grad(lambda t: perturbed_fit(case, jaxem.em.Truncated(k), t))  # noqa: B023
         errors.append(float(jnp.max(jnp.abs(jax.jit(grad)(ZERO)[1:] - exact))))
     rates = [(b / a) ** (1 / k) for a, b, k in zip(errors, errors[1:], (2, 4, 8), strict=False)]
-    solution = jaxem.fit(case.model, case.data, prior=case.model.prior(1.5, case.prior), tol=1e-6)
+    solution = jaxem.fit(
+        case.model, case.data, prior=case.model.prior(weights=1.0, components=case.prior), tol=1e-6
+    )
     history = solution.history[: solution.num_steps + 1]
     slowest = float(np.sqrt((history[-1] - history[-2]) / (history[-2] - history[-3])))
     assert all(abs(rate - slowest) < 0.15 for rate in rates[1:]), (rates, slowest)
@@ -154,39 +161,36 @@ def test_truncation_error_shrinks_at_the_rate_of_convergence():
 @pytest.mark.parametrize("name", ["diagonal-tied", "bernoulli"])
 def test_second_derivatives(name):
     case = CASES[name]()
-    slope = jax.grad(lambda t: perturbed_fit(case, jaxem.Implicit(), t))
-    hessian = jax.jit(jax.hessian(lambda t: perturbed_fit(case, jaxem.Implicit(), t)))(ZERO)
+    slope = jax.grad(lambda t: perturbed_fit(case, jaxem.em.Implicit(), t))
+    hessian = jax.jit(jax.hessian(lambda t: perturbed_fit(case, jaxem.em.Implicit(), t)))(ZERO)
     agree(hessian, central(jax.jit(slope), ZERO, 1e-4), 1e-5)
 
 
 def test_no_nan_at_absent_units_nor_at_an_empty_component():
     case = CASES["gaussian"]()
     spoilt = case.data.at[0].set(jnp.nan)
-    weights = jnp.ones(len(spoilt)).at[0].set(0)
+    sample_weight = jnp.ones(len(spoilt)).at[0].set(0)
     far = eqx.tree_at(
         lambda m: m.components.mean, case.model, case.model.components.mean.at[1].set(1e3)
     )
 
-    def value(weights, model, data):
-        solution = jaxem.fit(model, data, weights=weights, max_steps=500, throw=False)
+    def value(sample_weight, model, data):
+        solution = jaxem.fit(model, data, sample_weight=sample_weight, max_steps=500, throw=False)
         return jnp.sum(solution.model.log_prob(case.data))
 
     gradient = jax.jit(jax.grad(value, argnums=(0, 2)))
     for model, data in [(case.model, spoilt), (far, case.data)]:
-        by_weight, by_data = gradient(weights, model, data)
+        by_weight, by_data = gradient(sample_weight, model, data)
         assert jnp.all(jnp.isfinite(by_weight)) and jnp.all(jnp.isfinite(by_data))
     assert jnp.all(by_data[0] == 0)
 
 
 def test_a_stochastic_algorithm_has_no_implicit_derivative():
-    class Noisy(jaxem.Exact):
-        deterministic = False
-
     case = CASES["poisson"]()
 
     def value(w):
-        algorithm = jaxem.EM(Noisy())
-        return jaxem.fit(case.model, case.data, algorithm, weights=w, max_steps=3).objective
+        options = dict(key=jax.random.key(0), sample_weight=w, max_steps=3)
+        return jaxem.fit(case.model, case.data, jaxem.EM(jaxem.em.Sampled()), **options).objective
 
     assert jnp.isfinite(value(jnp.ones(48)))
     with pytest.raises(ValueError, match="deterministic algorithm"):

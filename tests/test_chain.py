@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scipy.special import logsumexp
 
-from jaxem import chain
+from jaxem.latents import chain
 
 K = 3
 FORMS = [pytest.param(False, id="sequential"), pytest.param(True, id="parallel")]
@@ -214,7 +214,7 @@ def test_a_path_in_the_form_of_the_smoother():
     path = jnp.array([0, 0, 2, 1, 1])
     for kind in ("plain", "varying"):
         _, transition, _ = problem(kind, 5)
-        found = chain.along(path, jnp.zeros(()), transition)
+        found = chain.of_path(path, jnp.zeros(()), transition)
         np.testing.assert_array_equal(found.smoothed, np.eye(K)[path])
         steps = np.broadcast_to(transition, (5, K, K))
         pairs = [found.before[s - 1, :, None] * steps[s - 1] * found.after[s] for s in range(1, 5)]

@@ -11,10 +11,8 @@ import pytest
 from models import CASES, COUNTS, MEAN, POINTS
 
 import jaxem
-from jaxem import (
-    EM,
-    SQUAREM,
-    Anderson,
+from jaxem import EM, SQUAREM, Anderson
+from jaxem.em import (
     Annealed,
     ClosedForm,
     Conditional,
@@ -22,11 +20,12 @@ from jaxem import (
     Gradient,
     Incremental,
     Linear,
-    Minibatch,
+    Online,
     Overrelaxed,
     Power,
-    Running,
+    Problem,
     Sampled,
+    Traits,
 )
 
 # Deaths of women of 80 years and more reported by The Times, 1910–1912 (Hasselblad 1969).
@@ -36,7 +35,7 @@ X = jnp.asarray(COUNTS)
 
 
 def london():
-    return jaxem.Mixture([0.3, 0.7], jaxem.Poisson([[1.0], [2.5]]))
+    return jaxem.Mixture([0.3, 0.7], jaxem.emissions.Poisson([[1.0], [2.5]]))
 
 
 def poissons():
@@ -44,13 +43,13 @@ def poissons():
 
 
 @eqx.filter_jit
-def step(algorithm, state, data, weights=None, prior=None, key=None):
-    return algorithm.step(state, data, weights=weights, prior=prior, key=key)
+def step(algorithm, state, data, sample_weight=None, prior=None, key=None):
+    return algorithm.step(state, Problem(data, sample_weight, prior), key=key)
 
 
 @eqx.filter_jit
-def init(algorithm, model, data, weights=None, prior=None, key=None):
-    return algorithm.init(model, data, weights=weights, prior=prior, key=key)
+def init(algorithm, model, data, sample_weight=None, prior=None, key=None):
+    return algorithm.init(model, Problem(data, sample_weight, prior), key=key)
 
 
 def equal(a, b, tol=0.0):
@@ -80,13 +79,15 @@ def test_init_is_one_e_step_and_step_is_an_m_step_then_an_e_step():
 @pytest.mark.parametrize("kind", ["plain", "weights", "prior"])
 def test_fit_is_its_own_python_loop(kind):
     case = CASES["poisson"]()
-    weights = jnp.linspace(0, 2, len(X)) if kind == "weights" else None
-    prior = case.model.prior(2.0, case.prior) if kind == "prior" else None
-    solution = jaxem.fit(case.model, X, weights=weights, prior=prior, tol=0.0, max_steps=6)
-    state = init(EM(), case.model, X, weights, prior)
+    sample_weight = jnp.linspace(0, 2, len(X)) if kind == "weights" else None
+    prior = case.model.prior(weights=2.0, components=case.prior) if kind == "prior" else None
+    solution = jaxem.fit(
+        case.model, X, sample_weight=sample_weight, prior=prior, tol=0.0, max_steps=6
+    )
+    state = init(EM(), case.model, X, sample_weight, prior)
     history = [state.objective]
     for _ in range(6):
-        state = step(EM(), state, X, weights, prior)
+        state = step(EM(), state, X, sample_weight, prior)
         history.append(state.objective)
     equal(solution.model, state.model, 1e-12)
     equal(solution.statistics.sums, state.statistics.sums, 1e-12)
@@ -135,7 +136,7 @@ def test_tol_zero_takes_every_step():
 
 @pytest.mark.parametrize("tol", [1e-3, 1e-6])
 def test_it_stops_at_the_first_step_within_tol_per_unit_of_weight(tol):
-    solution = jaxem.fit(london(), DEATHS, weights=DAYS, tol=tol, max_steps=4000)
+    solution = jaxem.fit(london(), DEATHS, sample_weight=DAYS, tol=tol, max_steps=4000)
     total = DAYS.sum()
     state = init(EM(), london(), DEATHS, DAYS)
     for number in range(1, int(solution.num_steps) + 1):
@@ -151,8 +152,8 @@ def test_it_stops_at_the_first_step_within_tol_per_unit_of_weight(tol):
 
 
 def test_the_unit_of_weight_does_not_matter_to_the_stopping_rule():
-    once = jaxem.fit(poissons(), X, weights=jnp.ones(len(X)))
-    thrice = jaxem.fit(poissons(), X, weights=jnp.full(len(X), 3.0))
+    once = jaxem.fit(poissons(), X, sample_weight=jnp.ones(len(X)))
+    thrice = jaxem.fit(poissons(), X, sample_weight=jnp.full(len(X), 3.0))
     assert int(once.num_steps) == int(thrice.num_steps)
     np.testing.assert_allclose(thrice.objective, 3 * once.objective, rtol=1e-13)
     np.testing.assert_allclose(thrice.error, once.error, rtol=1e-3)
@@ -164,7 +165,7 @@ def test_rescaled_data_change_neither_steps_nor_result(name, unit):
     case = CASES[name]()
     c = case.model.components
     if name == "exponential":
-        scaled = jaxem.Exponential(c.rate / unit)
+        scaled = jaxem.emissions.Exponential(c.rate / unit)
     elif name != "spherical":
         scaled = type(c)(c.mean * unit, c.covariance * unit**2)
     else:
@@ -183,19 +184,19 @@ def test_rescaled_data_change_neither_steps_nor_result(name, unit):
 @pytest.mark.parametrize("problem", ["london", "gaussians"])
 def test_error_estimates_the_distance_to_the_fixed_point(problem, tol):
     if problem == "london":
-        model, data, weights, most = london(), DEATHS, DAYS, 20_000
+        model, data, sample_weight, most = london(), DEATHS, DAYS, 20_000
     else:
-        model = jaxem.Mixture([0.5, 0.5], jaxem.DiagonalGaussian(MEAN, np.ones((2, 2))))
-        data, weights, most = jnp.asarray(POINTS), jnp.ones(len(POINTS)), 3000
-    rough = jaxem.fit(model, data, weights=weights, tol=tol, max_steps=most)
-    exact = jaxem.fit(model, data, weights=weights, tol=0.0, max_steps=most)
+        model = jaxem.Mixture([0.5, 0.5], jaxem.emissions.DiagonalGaussian(MEAN, np.ones((2, 2))))
+        data, sample_weight, most = jnp.asarray(POINTS), jnp.ones(len(POINTS)), 3000
+    rough = jaxem.fit(model, data, sample_weight=sample_weight, tol=tol, max_steps=most)
+    exact = jaxem.fit(model, data, sample_weight=sample_weight, tol=0.0, max_steps=most)
     assert rough.result == jaxem.RESULTS.converged
     gaps = jax.tree.map(
         lambda a, b: float(jnp.max(jnp.abs(a - b))),
         exact.statistics.at(rough.model).sums,
         rough.statistics.sums,
     )
-    true = max(jax.tree.leaves(gaps)) / float(weights.sum())
+    true = max(jax.tree.leaves(gaps)) / float(sample_weight.sum())
     assert true / 3 < float(rough.error) < 3 * true
 
 
@@ -205,7 +206,7 @@ def test_progress_is_reported_every_k_steps_and_off_by_default():
     def report(number, objective, change):
         seen.append((int(number), float(objective), float(change)))
 
-    progress = jaxem.Progress(3, report)
+    progress = jaxem.em.Progress(3, report)
     solution = jaxem.fit(poissons(), X, tol=0.0, max_steps=10, progress=progress)
     jax.effects_barrier()
     assert [number for number, _, _ in seen] == [3, 6, 9]
@@ -232,18 +233,16 @@ def test_progress_prints_a_line_and_refuses_nonsense(capsys):
 # The slots carry the classical variants, one of them from outside the package
 
 
-class Bold(jaxem.AbstractMaximization):
+class Bold(jaxem.em.AbstractMaximization):
     """A longer step than EM's where the objective itself says that it pays."""
 
-    ascends: ClassVar[bool] = True
-    objective: ClassVar[bool] = True
-    steady: ClassVar[bool] = False
+    traits: ClassVar[Traits] = Traits(stationary=False, uses_objective=True)
     factor: float = 1.8
 
     def init(self, model):
         return jnp.zeros((), jnp.int32)
 
-    def settles(self, memory):
+    def conclusive(self, memory, step):
         return True
 
     def __call__(self, statistics, memory, evaluate):
@@ -266,12 +265,12 @@ def optimum():
 LBFGS = Gradient(optax.lbfgs(), 5)
 BLOCKS = Conditional(("weights", ClosedForm()), ("components.rate", LBFGS))
 VARIANTS = {
-    # algorithm, steps, how far below the optimum it may end, in nats for all 48 units
-    "online, all units": (EM(accumulation=Running()), 400, 1e-3),
-    "online, mini-batches": (EM(accumulation=Minibatch(16)), 1500, 0.3),
+    # algorithm, steps, how far below the optimum it may end, in nats for all 48 observations
+    "online, all observations": (EM(accumulation=Online()), 400, 1e-3),
+    "online, mini-batches": (EM(accumulation=Online(batch_size=16)), 1500, 0.3),
     "Monte-Carlo": (EM(Sampled(100)), 30, 0.2),
     "Monte-Carlo, growing": (EM(Sampled(Linear(1, 4))), 40, 0.1),
-    "stochastic approximation": (EM(Sampled(2), Running(Power(0.8))), 1000, 0.1),
+    "stochastic approximation": (EM(Sampled(2), Online(Power(0.8))), 1000, 0.1),
     "incremental": (EM(accumulation=Incremental(4)), 400, 1e-8),
     "incremental, unequal blocks": (EM(accumulation=Incremental(5)), 400, 1e-8),
     "annealed": (EM(Annealed(Geometric(3.0, 0.9))), 400, 1e-8),
@@ -299,22 +298,23 @@ def test_slots_carry_the_variants(name):
     statistics, value = solution.model.e_step(X)
     equal(solution.log_likelihood, value, 1e-12)
     equal(solution.statistics.sums, statistics.sums, 1e-10)
-    if algorithm.ascends:
+    if algorithm.traits.monotone:
         assert np.all(np.diff(solution.history) > -1e-9)
 
 
 def test_variants_declare_what_they_promise():
-    assert EM().ascends and EM().exact
-    assert EM(maximization=LBFGS).ascends
-    for name in ("online, all units", "Monte-Carlo", "incremental"):
+    assert EM().traits == Traits()
+    assert EM(maximization=LBFGS).traits == Traits(stationary=False)
+    assert EM(accumulation=Incremental(4)).traits.period == 4
+    for name in ("online, all observations", "Monte-Carlo", "incremental"):
         algorithm = VARIANTS[name][0]
-        assert not algorithm.ascends and not algorithm.exact
-    assert not EM(Annealed()).ascends and EM(Annealed()).exact
+        assert not algorithm.traits.monotone and not algorithm.traits.exact
+    assert EM(Annealed()).traits == Traits(monotone=False)
 
 
 def test_a_variant_with_a_prior_reaches_the_posterior_mode():
     case = CASES["poisson"]()
-    prior = case.model.prior(3.0, case.prior)
+    prior = case.model.prior(weights=4.0, components=case.prior)
     mode = jaxem.fit(case.model, X, prior=prior)
     for algorithm in (EM(maximization=LBFGS), EM(accumulation=Incremental(4)), SQUAREM()):
         solution = jaxem.fit(case.model, X, algorithm, prior=prior, tol=0.0, max_steps=400)
@@ -325,9 +325,9 @@ def test_a_variant_with_a_prior_reaches_the_posterior_mode():
 
 
 def test_batches_of_a_stream_in_ones_own_loop():
-    algorithm = EM(accumulation=Running())
+    algorithm = EM(accumulation=Online())
     rng = np.random.default_rng(5)
-    truth = jaxem.Mixture([0.3, 0.7], jaxem.Poisson([[1.0, 2.0], [8.0, 5.0]]))
+    truth = jaxem.Mixture([0.3, 0.7], jaxem.emissions.Poisson([[1.0, 2.0], [8.0, 5.0]]))
     draws, _ = truth.sample(jax.random.key(0), 4000)
     batches = np.asarray(draws)[rng.permutation(4000)].reshape(80, 50, 2)
     state = init(algorithm, poissons(), jnp.asarray(batches[0]))
@@ -344,3 +344,63 @@ def test_keys_differ_between_steps_and_between_draws_of_one_step():
     other = jaxem.fit(model, X, EM(Sampled(1)), key=jax.random.key(1), tol=0.0, max_steps=5)
     equal(one.model, same.model)
     assert not np.array_equal(one.model.components.rate, other.model.components.rate)
+
+
+# What a fit is given, and what is not available
+
+
+def test_a_problem_holds_all_that_a_fit_is_given():
+    case = CASES["poisson"]()
+    weight, prior = np.linspace(0, 2, len(X)), case.model.prior(weights=2.0, components=case.prior)
+    problem = Problem(np.asarray(COUNTS), weight, prior)
+    assert not problem.checked and isinstance(problem.data, jax.Array)
+    equal(
+        jaxem.fit(case.model, problem),
+        jaxem.fit(case.model, COUNTS, sample_weight=weight, prior=prior),
+    )
+    np.testing.assert_allclose(problem.total_weight, weight.sum())
+    assert problem.num_observations == len(X)
+
+
+def test_data_are_checked_wherever_they_enter():
+    state = init(EM(), poissons(), X)
+    for wrong, says in (
+        (lambda: EM().init(poissons(), X[:, 0]), "expects data of shape"),
+        (lambda: EM().step(state, X[:, :1]), "expects data of shape"),
+        (lambda: SQUAREM().init(poissons(), Problem(X, jnp.ones(3))), "one entry per observation"),
+        (lambda: Problem(X, prior=3), "prior must come from model.prior"),
+        (lambda: jaxem.fit(poissons(), Problem(X), prior=poissons().prior()), "holds its"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            wrong()
+
+
+def test_a_plain_loop_takes_plain_data():
+    state = EM().init(poissons(), COUNTS)
+    for _ in range(3):
+        state = EM().step(state, COUNTS)
+    found = EM().finish(state, COUNTS)
+    equal(found.model, jaxem.fit(poissons(), X, tol=0.0, max_steps=3).model, 1e-12)
+
+
+@pytest.mark.parametrize("name", ["from_functions", "log-joint"])
+def test_what_functions_do_not_say_ends_in_a_message(name):
+    case = CASES[name]()
+    solution = jaxem.fit(case.model, case.data, max_steps=3)
+    assert jnp.isfinite(jaxem.inference.aic(solution, case.data))
+    assert jnp.isfinite(jaxem.inference.bic(solution, case.data))
+    calls = [lambda m: m.prior(), lambda m: m.sample(jax.random.key(0), 3)]
+    if name == "from_functions":
+        calls.append(lambda m: m.log_prob(case.data))
+        with pytest.raises(ValueError, match="icl is for mixtures"):
+            jaxem.inference.icl(solution, case.data)
+        without = jaxem.from_functions(
+            lambda params, data: case.model.e_function(params, data),
+            case.model.m_function,
+            case.model.params,
+        )
+        with pytest.raises(ValueError, match=r"e_step\(params, data, sample_weight\)"):
+            jaxem.fit(without, case.data, sample_weight=jnp.ones(len(case.data)))
+    for call in calls:
+        with pytest.raises(NotImplementedError, match="a model from"):
+            call(solution.model)

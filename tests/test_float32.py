@@ -9,16 +9,15 @@ import pytest
 
 import jaxem
 from jaxem import Mixture
-from jaxem._emission import log_prob
-from jaxem._solution import result_name
+from jaxem.emissions._base import log_prob
 
 KEY = jax.random.key(0)
 GAUSSIANS = {
-    "full": jaxem.Gaussian,
-    "tied": jaxem.TiedGaussian,
-    "diagonal": jaxem.DiagonalGaussian,
-    "spherical": jaxem.SphericalGaussian,
-    "one sphere": functools.partial(jaxem.SphericalGaussian, tied=True),
+    "full": jaxem.emissions.Gaussian,
+    "tied": jaxem.emissions.TiedGaussian,
+    "diagonal": jaxem.emissions.DiagonalGaussian,
+    "spherical": jaxem.emissions.SphericalGaussian,
+    "one sphere": functools.partial(jaxem.emissions.SphericalGaussian, tied=True),
 }
 
 
@@ -30,7 +29,7 @@ def cast(tree, dtype):
 
 def spread(components):
     """Variances or covariances, whatever the family calls them."""
-    full = isinstance(components, jaxem.Gaussian | jaxem.TiedGaussian)
+    full = isinstance(components, jaxem.emissions.Gaussian | jaxem.emissions.TiedGaussian)
     return components.covariance if full else components.variance
 
 
@@ -38,8 +37,8 @@ def in_both(model, data):
     """The default fit in float32, checked to be honest and pure, and the one in float64."""
     single = jaxem.fit(cast(model, jnp.float32), cast(data, jnp.float32))
     double = jaxem.fit(cast(model, jnp.float64), cast(cast(data, jnp.float32), jnp.float64))
-    assert result_name(double.result) == "converged"
-    assert result_name(single.result) == "converged"
+    assert double.status == "converged"
+    assert single.status == "converged"
     n = jax.tree.leaves(data)[0].shape[0]
     assert abs(float(single.objective) - float(double.objective)) / n < 1e-3
     return single, double
@@ -126,7 +125,7 @@ def test_poisson(rate):
     x = np.stack([rng.poisson(rate * (1 + 2 * z)), rng.poisson(1 + 19 * z)], axis=1)
     x[:: len(x) - 1, 0] += 1  # some count of each component, however small the rate
     rates = jnp.array([[0.5 * rate, 2.0], [4 * rate, 15.0]])
-    start = Mixture(jnp.full(2, 0.5), jaxem.Poisson(rates))
+    start = Mixture(jnp.full(2, 0.5), jaxem.emissions.Poisson(rates))
     single, double = in_both(start, jnp.asarray(x, float))
     np.testing.assert_allclose(
         single.model.components.rate, double.model.components.rate, rtol=1e-3
@@ -138,7 +137,9 @@ def test_poisson(rate):
 def test_exponential(rate):
     rng = np.random.default_rng(4)
     x = np.concatenate([rng.exponential(1, 1000), rng.exponential(30, 1000)])[:, None] / rate
-    start = Mixture(jnp.full(2, 0.5), jaxem.Exponential(jnp.array([[rate], [0.03 * rate]])))
+    start = Mixture(
+        jnp.full(2, 0.5), jaxem.emissions.Exponential(jnp.array([[rate], [0.03 * rate]]))
+    )
     single, double = in_both(start, jnp.asarray(x))
     np.testing.assert_allclose(
         single.model.components.rate, double.model.components.rate, rtol=1e-3
@@ -157,7 +158,7 @@ def test_bernoulli(p):
     edge[[np.argmin(z), np.argmax(z)]] ^= p != 0.5  # one exception in each component
     x = jnp.asarray(np.column_stack([tell, edge]), float)
     probability = jnp.array([[0.3] * 8 + [p], [0.7] * 8 + [p]])
-    start = Mixture(jnp.full(2, 0.5), jaxem.Bernoulli(probability))
+    start = Mixture(jnp.full(2, 0.5), jaxem.emissions.Bernoulli(probability))
     single, double = in_both(start, x)
     for sign in (1, -1):  # the digits of p, and those of 1 − p
         fitted = jax.nn.sigmoid(sign * single.model.components.logits)
@@ -172,16 +173,18 @@ def test_rare_categories(family):
     n, rare = 4000, 1e-8
     p = np.array([[0.95, 0.05 - rare, rare], [0.05, 0.95 - rare, rare]])
     z = rng.integers(0, 2, n)
-    first = [np.argmin(z), np.argmax(z)]  # a unit of each component has the rare category
+    first = [np.argmin(z), np.argmax(z)]  # an observation of each component has the rare category
     if family == "categorical":
         x = np.stack([(rng.random(n) > p[z, 0]).astype(int) for _ in range(8)], axis=1)
         x[first, 0] = 2
-        components = jaxem.Categorical(jnp.broadcast_to(jnp.asarray(p)[:, None], (2, 8, 3)))
+        components = jaxem.emissions.Categorical(
+            jnp.broadcast_to(jnp.asarray(p)[:, None], (2, 8, 3))
+        )
         data = jnp.asarray(x)
     else:
         x = np.array([rng.multinomial(20, row) for row in p[z]])
         x[first, 2] += 1
-        components, data = jaxem.Multinomial(jnp.asarray(p)), jnp.asarray(x, float)
+        components, data = jaxem.emissions.Multinomial(jnp.asarray(p)), jnp.asarray(x, float)
     single, double = in_both(Mixture(jnp.full(2, 0.5), components), data)
     np.testing.assert_allclose(
         single.model.components.probability,
@@ -204,7 +207,7 @@ def test_ten_million_units_lose_no_digits():
     n = 10**7
     x = jax.random.normal(KEY, (n, 1), jnp.float32) + 1000
     weights = jnp.full(2, 0.5, jnp.float32)
-    components = jaxem.DiagonalGaussian(
+    components = jaxem.emissions.DiagonalGaussian(
         jnp.array([[999.5], [1000.5]], jnp.float32), jnp.ones((2, 1), jnp.float32)
     )
     statistics, value = Mixture(weights, components).e_step(x)
@@ -217,7 +220,8 @@ def test_ten_million_units_lose_no_digits():
         leaves = jax.tree.leaves(part_statistics.sums)
         sums = leaves if sums == 0 else [a + b for a, b in zip(sums, leaves, strict=True)]
         total += float(part_value)
-    # Blocks are compensated; within one, √units · eps is left. A plain sum would be off by 1e-2.
+    # Blocks are compensated; within one, √observations · eps is left. A plain sum would be off by
+    # 1e-2.
     for leaf, right in zip(jax.tree.leaves(statistics.sums), sums, strict=True):
         np.testing.assert_allclose(leaf / n, right / n, atol=2e-5)
     np.testing.assert_allclose(float(value) / n, total / n, rtol=1e-6)
@@ -226,13 +230,14 @@ def test_ten_million_units_lose_no_digits():
 
 FAMILIES = {
     **GAUSSIANS,
-    "poisson": jaxem.Poisson,
-    "bernoulli": jaxem.Bernoulli,
-    "categorical": functools.partial(jaxem.Categorical, num_categories=2),
-    "multinomial": jaxem.Multinomial,
-    "exponential": jaxem.Exponential,
+    "poisson": jaxem.emissions.Poisson,
+    "bernoulli": jaxem.emissions.Bernoulli,
+    "categorical": functools.partial(jaxem.emissions.Categorical, num_categories=2),
+    "multinomial": jaxem.emissions.Multinomial,
+    "exponential": jaxem.emissions.Exponential,
     "independent": functools.partial(
-        jaxem.Independent, families=(jaxem.Gaussian, jaxem.Exponential)
+        jaxem.emissions.Independent,
+        families=(jaxem.emissions.Gaussian, jaxem.emissions.Exponential),
     ),
 }
 
@@ -258,9 +263,11 @@ def _data(name):
 def test_float32_stays_float32(name):
     """With x64 enabled nothing is promoted: start, fit, prior, weights, hard steps."""
     data = _data(name)
-    weights = jnp.ones(40, jnp.float32)
+    sample_weight = jnp.ones(40, jnp.float32)
     for method in ("k-means++", "random"):
-        start = Mixture.init(KEY, data, 2, FAMILIES[name], method=method, weights=weights)
+        start = Mixture.init(
+            KEY, data, 2, FAMILIES[name], method=method, sample_weight=sample_weight
+        )
         assert_only_float32(start)
     if name != "categorical":  # whose data have no floating dtype to follow
         start = Mixture.init(KEY, data, 2, FAMILIES[name])
@@ -268,19 +275,22 @@ def test_float32_stays_float32(name):
     labels = jnp.arange(40) % 2
     assert_only_float32(
         Mixture.from_responsibilities(
-            data, jax.nn.one_hot(labels, 2, dtype=jnp.float32), FAMILIES[name], weights=weights
+            data,
+            jax.nn.one_hot(labels, 2, dtype=jnp.float32),
+            FAMILIES[name],
+            sample_weight=sample_weight,
         )
     )
     prior = start.prior(weights=2.0)
     assert_only_float32(prior)
     for options in (
         {},
-        {"weights": weights, "prior": prior},
-        {"algorithm": jaxem.EM(jaxem.Hard())},
+        {"sample_weight": sample_weight, "prior": prior},
+        {"algorithm": jaxem.EM(jaxem.em.Hard())},
     ):
         solution = jaxem.fit(start, data, throw=False, max_steps=50, **options)
         assert_only_float32(solution)
-        assert_only_float32(jaxem.bic(solution, data))
+        assert_only_float32(jaxem.inference.bic(solution, data))
     for value in (start.log_prob(data), start.responsibilities(data)):
         assert_only_float32(value)
 

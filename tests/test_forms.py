@@ -9,9 +9,9 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import jaxem
-from jaxem._emission import log_prob
-from jaxem._hold import replace
-from jaxem._statistics import distance
+from jaxem._core.parameters import replace
+from jaxem._core.statistics import distance
+from jaxem.emissions._base import log_prob
 
 N, K = 256, 4
 FAMILIES = ("full", "tied", "diagonal", "spherical", "one diagonal", "one sphere")
@@ -24,17 +24,23 @@ def emission(family: str, mean, rng):
     if family == "full":
         factor = np.tril(0.3 * rng.normal(size=(k, d, d)) / np.sqrt(d), -1)
         factor = factor + scales[:, None] * np.eye(d)
-        return jaxem.Gaussian(mean, jnp.asarray(factor @ factor.transpose(0, 2, 1), mean.dtype))
+        return jaxem.emissions.Gaussian(
+            mean, jnp.asarray(factor @ factor.transpose(0, 2, 1), mean.dtype)
+        )
     if family == "tied":
         factor = np.tril(0.3 * rng.normal(size=(d, d)) / np.sqrt(d), -1) + np.diag(scales[0])
-        return jaxem.TiedGaussian(mean, jnp.asarray(factor @ factor.T, mean.dtype))
+        return jaxem.emissions.TiedGaussian(mean, jnp.asarray(factor @ factor.T, mean.dtype))
     variance = {
         "diagonal": scales,
         "one diagonal": scales[0],
         "spherical": scales[:, 0],
         "one sphere": scales[0, 0],
     }[family]
-    kind = jaxem.DiagonalGaussian if "diagonal" in family else jaxem.SphericalGaussian
+    kind = (
+        jaxem.emissions.DiagonalGaussian
+        if "diagonal" in family
+        else jaxem.emissions.SphericalGaussian
+    )
     return kind(mean, jnp.asarray(variance, mean.dtype))
 
 
@@ -48,7 +54,7 @@ def stretched(components):
     def halve(_, bracket):
         low, high = bracket
         middle = 0.5 * (low + high)
-        safe, _ = at(middle).shortcut()
+        safe, _ = at(middle).expanded()
         return jnp.where(safe, middle, low), jnp.where(safe, high, middle)
 
     ends = jnp.zeros((), components.mean.dtype), jnp.full((), 30.0, components.mean.dtype)
@@ -72,18 +78,18 @@ def problem(family: str, d: int, seed: int, dtype, *, at_limit: bool):
 @jax.jit
 def both_forms(model, x):
     """log p(x | z), statistics and log-likelihood in the two forms, and whether it is safe."""
-    safe, expanded = model.components.shortcut()
+    safe, expanded = model.components.expanded()
 
     def one(components):
-        held = replace(model, components=components)
-        (counts, sums), value = held._sums(x, None, jaxem.Exact(), None)
+        frozen = replace(model, components=components)
+        (counts, sums), value = frozen._sums(x, None, jaxem.em.Exact(), None)
         return log_prob(components, x), (counts, sums), value
 
     return safe, one(model.components), one(expanded)
 
 
 def gaps(one, other):
-    """Largest differences: log-likelihood and statistics, both per unit."""
+    """Largest differences: log-likelihood and statistics, both per observation."""
     _, sums, value = one
     _, other_sums, other_value = other
     flat, other_flat = ravel_pytree(sums)[0], ravel_pytree(other_sums)[0]
@@ -136,7 +142,7 @@ def _e_step():
         statistics, value = model.e_step(x)
         safe, residual, expanded = both_forms(model, x)
         chosen = [
-            distance(statistics, jaxem.Framed(sums, model)) + jnp.abs(value - other)
+            distance(statistics, jaxem.authoring.Framed(sums, model)) + jnp.abs(value - other)
             for _, sums, other in (residual, expanded)
         ]
         return safe, *chosen
@@ -146,7 +152,7 @@ def _e_step():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_data_choose_the_form_inside_one_program(family, monkeypatch):
-    monkeypatch.setitem(jaxem._units._BUDGET, "cpu", 1024)  # two blocks: no choice in one
+    monkeypatch.setitem(jaxem._core.blocks._BUDGET, "cpu", 1024)  # two blocks: no choice in one
     jax.clear_caches()
     rng = np.random.default_rng(0)
     run = _e_step()
@@ -176,11 +182,16 @@ def test_the_unit_of_the_data_does_not_matter(family, scale):
     scaled = replace(
         components,
         mean=components.mean * factor,
-        log_scale=components.log_scale + jnp.log(factor),
-        **({"below": components.below * factor} if family in ("full", "tied") else {}),
+        structure=replace(
+            components.structure,
+            log_scale=components.structure.log_scale + jnp.log(factor),
+            **(
+                {"below": components.structure.below * factor} if family in ("full", "tied") else {}
+            ),
+        ),
     )
     statistics, value = model.e_step(x)
     rescaled, moved = replace(model, components=scaled).e_step(x * factor)
     np.testing.assert_allclose(moved / N, value / N - 2 * np.log(scale), atol=1e-3)
-    other = jaxem.Framed(rescaled.sums, model)
+    other = jaxem.authoring.Framed(rescaled.sums, model)
     assert float(distance(other, statistics)) / N < 1e-3

@@ -15,7 +15,8 @@ from jax.scipy.stats import multivariate_normal, norm
 from sklearn.datasets import load_iris, load_sample_image
 
 import jaxem
-from jaxem._hold import natural_parameters
+from jaxem._core.parameters import named_parameters
+from jaxem.em import Problem
 
 FAMILIES = {
     "gmm",
@@ -33,15 +34,16 @@ ALONE = {"mvn_missing_murray"}
 
 step = eqx.filter_jit(jaxem.EM().step)
 init = eqx.filter_jit(jaxem.EM().init)
-bic = eqx.filter_jit(jaxem.bic)
+bic = eqx.filter_jit(jaxem.inference.bic)
 
 
 def states(model, data, num_steps, **options):
     """EM's state after 0, 1, … steps."""
-    state = init(model, data, **options)
+    problem = Problem(data, **options)
+    state = init(model, problem)
     yield state
     for _ in range(num_steps):
-        state = step(state, data, **options)
+        state = step(state, problem)
         yield state
 
 
@@ -94,8 +96,8 @@ def dlr_linkage(case):
 
     flat = solve(case, model, given(1, 1))
     steps = len(expected(case, "iterates")) - 1
-    information = jaxem.observed_information(flat, given(1, 1)).matrix[0, 0]
-    rate = jaxem.convergence_rate(flat, given(1, 1)).eigenvalues[0]
+    information = jaxem.inference.observed_information(flat, given(1, 1)).matrix[0, 0]
+    rate = jaxem.inference.convergence_rate(flat, given(1, 1)).eigenvalues[0]
     derivative = jax.grad(lambda data: converged(model, data).params)(given(1, 1))
     return {
         "theta": flat.model.params,
@@ -107,7 +109,7 @@ def dlr_linkage(case):
         "I_observed": information,
         "I_complete": information / (1 - rate),
         "I_missing": information * rate / (1 - rate),
-        "se": jaxem.standard_errors(flat, given(1, 1)),
+        "se": jaxem.inference.standard_errors(flat, given(1, 1)),
         "dtheta_dy": derivative["y"][0],
         "dtheta_da_at_flat": derivative["prior"][0, 0],
         "dtheta_db_at_flat": derivative["prior"][0, 1],
@@ -145,7 +147,7 @@ def abo_lange(case):
     steps = len(expected(case, "iterates")) - 1
     two = jaxem.from_functions(two_gene_e_step, two_gene_m_step, jnp.asarray([0.3, 0.2]))
     free = solve(case, two, counts)
-    covariance = jaxem.observed_information(free, counts).covariance().matrix
+    covariance = jaxem.inference.observed_information(free, counts).covariance().matrix
     variances = [covariance[0, 0], covariance[1, 1], jnp.sum(covariance)]
     return {
         "pqr": solution.model.params,
@@ -153,7 +155,7 @@ def abo_lange(case):
         "iterates": [state.model.params for state in states(model, counts, steps)],
         "se_pqr": jnp.sqrt(jnp.stack(variances)),
         "dpq_dcounts": jax.jacrev(lambda c: converged(two, c).params)(counts)[:, 0],
-        "em_rates": jaxem.convergence_rate(free, counts, num_eigenvalues=2).eigenvalues,
+        "em_rates": jaxem.inference.convergence_rate(free, counts, num_eigenvalues=2).eigenvalues,
     }
 
 
@@ -192,7 +194,7 @@ def murray(case):
         return solve(case, start, data)
 
     def eigenvalues(solution):
-        return jaxem.convergence_rate(solution, data, num_eigenvalues=5)
+        return jaxem.inference.convergence_rate(solution, data, num_eigenvalues=5)
 
     tops, saddle = [fitted(0.5), fitted(-0.5)], fitted(0.0)
     at_top, at_saddle = eigenvalues(tops[0]), eigenvalues(saddle)
@@ -219,7 +221,7 @@ def murray(case):
 def two_coin(case):
     heads = jnp.asarray(CASES[case]["data"]["values"]["heads"])
     tosses = jnp.stack([heads, 10 - heads], axis=1)
-    coins = jaxem.Multinomial([[0.6, 0.4], [0.5, 0.5]])
+    coins = jaxem.emissions.Multinomial([[0.6, 0.4], [0.5, 0.5]])
     model = jaxem.freeze(jaxem.Mixture([0.5, 0.5], coins), "weights")
     path = [state.model for state in states(model, tosses, 10)]
     solution = solve(case, model, tosses)
@@ -234,7 +236,7 @@ def two_coin(case):
 
 
 @eqx.filter_jit
-def iterations_until_small_step(algorithm, model, data, weights, size):
+def iterations_until_small_step(algorithm, model, data, sample_weight, size):
     """Steps until (π₁, λ₁, λ₂) moves by less than `size`: the rule of R's turboEM."""
 
     def parameters(state):
@@ -243,10 +245,10 @@ def iterations_until_small_step(algorithm, model, data, weights, size):
 
     def advance(carry):
         old, _ = carry
-        new = algorithm.step(old, data, weights=weights)
+        new = algorithm.step(old, Problem(data, sample_weight))
         return new, jnp.linalg.norm(parameters(new) - parameters(old))
 
-    state = algorithm.init(model, data, weights=weights)
+    state = algorithm.init(model, Problem(data, sample_weight))
     final, _ = jax.lax.while_loop(lambda c: c[1] >= size, advance, (state, jnp.asarray(jnp.inf)))
     return final.step
 
@@ -255,7 +257,7 @@ def weight_and_rates(model):
     return jnp.concatenate([model.weights[:1], model.components.rate[:, 0]])
 
 
-def supplemented(solution, data, weights):
+def supplemented(solution, data, sample_weight):
     """Supplemented EM: (complete information)⁻¹ (I − DMᵀ)⁻¹ with DM that of EM's own map.
 
     Meng & Rubin (1991), JASA 86.
@@ -263,13 +265,15 @@ def supplemented(solution, data, weights):
 
     def at(numbers):
         rates = numbers[1:, None]
-        return jaxem.Mixture(jnp.stack([numbers[0], 1 - numbers[0]]), jaxem.Poisson(rates))
+        return jaxem.Mixture(
+            jnp.stack([numbers[0], 1 - numbers[0]]), jaxem.emissions.Poisson(rates)
+        )
 
     def expected_log_prob(numbers):
         return at(numbers).expected_log_prob(solution.statistics)
 
     def em_map(numbers):
-        state = jaxem.EM().init(at(numbers), data, weights=weights)
+        state = jaxem.EM().init(at(numbers), Problem(data, sample_weight))
         return weight_and_rates(state.model.m_step(state.statistics))
 
     numbers = weight_and_rates(solution.model)
@@ -281,16 +285,23 @@ def supplemented(solution, data, weights):
 def london_times(case):
     values = CASES[case]["data"]["values"]
     deaths = jnp.asarray(values["death"])[:, None]
-    weights = jnp.asarray(values["freq"], float)
-    model = jaxem.Mixture([0.3, 0.7], jaxem.Poisson([[1.0], [2.5]]))
-    solution = solve(case, model, deaths, weights=weights)
-    covariance = jaxem.observed_information(solution, deaths, weights=weights).covariance().matrix
+    sample_weight = jnp.asarray(values["freq"], float)
+    model = jaxem.Mixture([0.3, 0.7], jaxem.emissions.Poisson([[1.0], [2.5]]))
+    solution = solve(case, model, deaths, sample_weight=sample_weight)
+    covariance = (
+        jaxem.inference.observed_information(solution, deaths, sample_weight=sample_weight)
+        .covariance()
+        .matrix
+    )
     order = jnp.array([2, 0, 1])  # λ₁, λ₂, π₁, π₂ by name
     covariance = covariance[order][:, order]
-    rates = jaxem.convergence_rate(solution, deaths, weights=weights, num_eigenvalues=3)
+    rates = jaxem.inference.convergence_rate(
+        solution, deaths, sample_weight=sample_weight, num_eigenvalues=3
+    )
     until = functools.partial(iterations_until_small_step, model=model, data=deaths)
     plain, squared = (
-        until(algorithm, weights=weights, size=1e-7) for algorithm in (jaxem.EM(), jaxem.SQUAREM())
+        until(algorithm, sample_weight=sample_weight, size=1e-7)
+        for algorithm in (jaxem.EM(), jaxem.SQUAREM())
     )
     return {
         "pi_l1_l2": weight_and_rates(solution.model),
@@ -298,21 +309,23 @@ def london_times(case):
         "se": jnp.sqrt(jnp.diagonal(covariance)),
         "observed_information": jnp.linalg.inv(covariance),
         "em_jacobian_eigs": rates.eigenvalues,
-        "cov_by_SEM_identity": supplemented(solution, deaths, weights).ravel(),
-        "dpar_dcounts": jaxem.influence(weight_and_rates, solution, deaths, weights=weights),
+        "cov_by_SEM_identity": supplemented(solution, deaths, sample_weight).ravel(),
+        "dpar_dcounts": jaxem.inference.influence(
+            weight_and_rates, solution, deaths, sample_weight=sample_weight
+        ),
         "em_iterations_turboEM_tol1e-7": plain,
         "squarem_iterations_tol1e-7": squared,
         "squarem_map_evals_tol1e-7": 3 * squared,
     }
 
 
-def zero_inflated_e_step(params, x, weights):
+def zero_inflated_e_step(params, x, sample_weight):
     extra, rate = params
     poisson = jnp.log1p(-extra) + x * jnp.log(rate) - rate - gammaln(x + 1)
     log_prob = jnp.where(x == 0, jnp.logaddexp(jnp.log(extra), poisson), poisson)
-    counted = weights * jnp.exp(poisson - log_prob)
-    sums = (jnp.sum(weights - counted), jnp.sum(counted), jnp.sum(counted * x))
-    return sums, jnp.sum(weights * log_prob)
+    counted = sample_weight * jnp.exp(poisson - log_prob)
+    sums = (jnp.sum(sample_weight - counted), jnp.sum(counted), jnp.sum(counted * x))
+    return sums, jnp.sum(sample_weight * log_prob)
 
 
 def zero_inflated_m_step(sums):
@@ -323,13 +336,13 @@ def zero_inflated_m_step(sums):
 def zip_widows(case):
     values = CASES[case]["data"]["values"]
     children = jnp.asarray(values["children"], float)
-    weights = jnp.asarray(values["freq"], float)
+    sample_weight = jnp.asarray(values["freq"], float)
     model = jaxem.from_functions(zero_inflated_e_step, zero_inflated_m_step, (0.5, 1.0))
-    solution = solve(case, model, children, weights=weights)
+    solution = solve(case, model, children, sample_weight=sample_weight)
     return {
         "pzero_lambda": solution.model.params,
         "negloglik": -solution.log_likelihood,
-        "se": jaxem.standard_errors(solution, children, weights=weights),
+        "se": jaxem.inference.standard_errors(solution, children, sample_weight=sample_weight),
     }
 
 
@@ -342,7 +355,9 @@ def dawid_skene(case):
     np.add.at(ratings, tuple(cards[["observer", "patient", "rating"]].to_numpy().T - 1), 1)
     data = tuple(jnp.asarray(observer) for observer in ratings)
     averaged = ratings.sum(0) / ratings.sum((0, 2))[:, None]
-    family = functools.partial(jaxem.Independent, families=(jaxem.Multinomial,) * 5)
+    family = functools.partial(
+        jaxem.emissions.Independent, families=(jaxem.emissions.Multinomial,) * 5
+    )
     start = jaxem.Mixture.from_responsibilities(data, jnp.asarray(averaged), family)
     solution = solve(case, start, data)
     model = solution.model
@@ -372,18 +387,18 @@ def latent_class(name, num_classes, case):
         for item in answers
     ]
     patterns, counts = np.unique(np.stack(columns, axis=1), axis=0, return_counts=True)
-    weights = jnp.asarray(counts, float)
+    sample_weight = jnp.asarray(counts, float)
     data = tuple(jnp.asarray(column)[:, None] for column in patterns.T)
     families = tuple(
-        functools.partial(jaxem.Categorical, num_categories=int(column.max()) + 1)
+        functools.partial(jaxem.emissions.Categorical, num_categories=int(column.max()) + 1)
         for column in patterns.T
     )
-    family = functools.partial(jaxem.Independent, families=families)
+    family = functools.partial(jaxem.emissions.Independent, families=families)
     models = starts(30, data, num_classes, family)
-    solution = best_of(case, models, data, weights=weights)
+    solution = best_of(case, models, data, sample_weight=sample_weight)
     model = solution.model
     order = jnp.argsort(-model.weights)
-    saturated = jnp.sum(weights * jnp.log(weights / jnp.sum(weights)))
+    saturated = jnp.sum(sample_weight * jnp.log(sample_weight / jnp.sum(sample_weight)))
     return {
         "loglik": solution.log_likelihood,
         "npar": model.num_free_parameters,
@@ -407,14 +422,14 @@ def iris():
     return jnp.asarray(load_iris().data)
 
 
-SPHERES = functools.partial(jaxem.SphericalGaussian, tied=True)
+SPHERES = functools.partial(jaxem.emissions.SphericalGaussian, tied=True)
 
 
 def described(solution):
     """A fitted Gaussian mixture, its components ordered by their first mean."""
     model = solution.model
     components, (k, d) = model.components, model.components.mean.shape
-    if isinstance(components, jaxem.SphericalGaussian):
+    if isinstance(components, jaxem.emissions.SphericalGaussian):
         covariance = components.variance * jnp.eye(d)
     else:
         covariance = components.covariance
@@ -457,13 +472,13 @@ def long_first(named):
 def faithful_two(case):
     x = faithful()
     covariance = jnp.cov(x.T, bias=True)
-    components = jaxem.Gaussian([[2.0, 50.0], [4.0, 80.0]], jnp.stack([covariance] * 2))
+    components = jaxem.emissions.Gaussian([[2.0, 50.0], [4.0, 80.0]], jnp.stack([covariance] * 2))
     start = jaxem.Mixture([0.5, 0.5], components)
     path = list(states(start, x, len(expected(case, "loglik_trajectory")) - 1))
     solution = solve(case, start, x)
 
-    def from_first_unit(unit):
-        return long_first(natural_parameters(converged(solution.model, x.at[0].set(unit))))
+    def from_first_unit(observation):
+        return long_first(named_parameters(converged(solution.model, x.at[0].set(observation))))
 
     return {
         **described(solution),
@@ -471,8 +486,8 @@ def faithful_two(case):
         "loglik_published": solution.log_likelihood,
         "loglik_trajectory": [state.log_likelihood for state in path],
         "means_after_1_step": path[1].model.components.mean.ravel(),
-        "em_jacobian_spectral_radius": jaxem.convergence_rate(solution, x).eigenvalues[0],
-        SE_OF_FAITHFUL: long_first(jaxem.standard_errors(solution, x)),
+        "em_jacobian_spectral_radius": jaxem.inference.convergence_rate(solution, x).eigenvalues[0],
+        SE_OF_FAITHFUL: long_first(jaxem.inference.standard_errors(solution, x)),
         "dpar_dx0 (11x2)": jax.jacfwd(from_first_unit)(x[0]),
     }
 
@@ -482,7 +497,7 @@ def faithful_three(case):
     x = faithful()
     mean = np.round(expected(case, "means"), 1)
     covariance = np.round(expected(case, "covariances"), 2)
-    start = jaxem.Mixture([0.36, 0.09, 0.55], jaxem.Gaussian(mean, covariance))
+    start = jaxem.Mixture([0.36, 0.09, 0.55], jaxem.emissions.Gaussian(mean, covariance))
     solution = solve(case, start, x)
     return described(solution) | criteria(solution, x)
 
@@ -493,14 +508,16 @@ def floored_step(model, x):
     statistics, _ = model.e_step(x)
     new = model.m_step(statistics)
     floor = 1e-6 * jnp.eye(x.shape[1])
-    components = jaxem.Gaussian(new.components.mean, new.components.covariance + floor)
+    components = jaxem.emissions.Gaussian(new.components.mean, new.components.covariance + floor)
     return jaxem.Mixture(new.weights, components)
 
 
 def image_flower(case):
     x = jnp.asarray(load_sample_image("flower.jpg").reshape(-1, 3) / 255)
     mean = [[0.1, 0.1, 0.1], [0.2, 0.4, 0.2], [0.7, 0.3, 0.2], [0.8, 0.7, 0.5]]
-    model = jaxem.Mixture([0.25] * 4, jaxem.Gaussian(mean, jnp.stack([0.05 * jnp.eye(3)] * 4)))
+    model = jaxem.Mixture(
+        [0.25] * 4, jaxem.emissions.Gaussian(mean, jnp.stack([0.05 * jnp.eye(3)] * 4))
+    )
     path = [model]
     for _ in range(20):
         path.append(floored_step(path[-1], x))
@@ -558,9 +575,9 @@ def near(mean, variance):
     k = len(mean)
     mean = jnp.asarray(mean)[:, None]
     if np.ndim(variance):
-        components = jaxem.Gaussian(mean, jnp.asarray(variance)[:, None, None])
+        components = jaxem.emissions.Gaussian(mean, jnp.asarray(variance)[:, None, None])
     else:
-        components = jaxem.TiedGaussian(mean, jnp.asarray([[variance]]))
+        components = jaxem.emissions.TiedGaussian(mean, jnp.asarray([[variance]]))
     return jaxem.Mixture(jnp.full(k, 1 / k), components)
 
 
@@ -569,7 +586,7 @@ def all_maxima(case):
     """Fits from 100 random starts, and then from the starts in `NEAR`."""
     name, kind = case.removeprefix("gmm_").rsplit("_", 1)
     x = COLUMNS[name]()[:, None]
-    family = {"E": jaxem.TiedGaussian, "V": jaxem.Gaussian}[kind[0]]
+    family = {"E": jaxem.emissions.TiedGaussian, "V": jaxem.emissions.Gaussian}[kind[0]]
     models = [starts(NUM_RANDOM, x, int(kind[1]), family, method="random")]
     models += [jax.tree.map(lambda leaf: leaf[None], near(*s)) for s in NEAR.get(case, [])]
     models = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *models)
@@ -623,14 +640,16 @@ RECIPES = {
     "abo_lange": abo_lange,
     "dawid_skene_1979": dawid_skene,
     "dlr_linkage": dlr_linkage,
-    "gmm_faithful_EEE2": functools.partial(gaussian_mixture, faithful, 2, jaxem.TiedGaussian),
+    "gmm_faithful_EEE2": functools.partial(
+        gaussian_mixture, faithful, 2, jaxem.emissions.TiedGaussian
+    ),
     "gmm_faithful_EII2": functools.partial(gaussian_mixture, faithful, 2, SPHERES),
     "gmm_faithful_VVV2": faithful_two,
     "gmm_faithful_VVV3": faithful_three,
     "gmm_image_flower": image_flower,
-    "gmm_iris_EEE3": functools.partial(gaussian_mixture, iris, 3, jaxem.TiedGaussian),
+    "gmm_iris_EEE3": functools.partial(gaussian_mixture, iris, 3, jaxem.emissions.TiedGaussian),
     "gmm_iris_EII3": functools.partial(gaussian_mixture, iris, 3, SPHERES),
-    "gmm_iris_VVV3": functools.partial(gaussian_mixture, iris, 3, jaxem.Gaussian),
+    "gmm_iris_VVV3": functools.partial(gaussian_mixture, iris, 3, jaxem.emissions.Gaussian),
     "kmeans_faithful_2": functools.partial(clusters, faithful, 2),
     "kmeans_iris_2": functools.partial(clusters, iris, 2),
     "kmeans_iris_3": functools.partial(clusters, iris, 3),

@@ -36,7 +36,9 @@ def earthquakes():
 
 def poissons(initial, rate, stay=0.9):
     rate = jnp.asarray(rate)[:, None]
-    return HMM(initial, jaxem.Transition.sticky(len(rate), stay), jaxem.Poisson(rate))
+    return HMM(
+        initial, jaxem.factors.Transition.sticky(len(rate), stay), jaxem.emissions.Poisson(rate)
+    )
 
 
 def described(prefix, solution, names):
@@ -95,7 +97,7 @@ def three_states(case):
 def geyser(case):
     """A maximum on the boundary: one transition has probability 0, one emission 1."""
     long = table("geyser_dichotomised").long.to_numpy()
-    start = HMM("stationary", [[0.3, 0.7], [0.6, 0.4]], jaxem.Bernoulli([[0.3], [0.8]]))
+    start = HMM("stationary", [[0.3, 0.7], [0.6, 0.4]], jaxem.emissions.Bernoulli([[0.3], [0.8]]))
     solution = jaxem.fit(start, jnp.asarray(long)[None, :, None], tol=1e-12, max_steps=20_000)
     model = solution.model
     assert solution.result == RESULTS.converged
@@ -111,7 +113,7 @@ def geyser(case):
 def speed(case):
     rt = jnp.asarray(table("speed")["rt"].to_numpy())[:, None]
     mean, variance = [[5.5], [6.4]], [0.05, 0.05]
-    emission = jaxem.SphericalGaussian(mean, variance)
+    emission = jaxem.emissions.SphericalGaussian(mean, variance)
     start = HMM([0.5, 0.5], [[0.9, 0.1], [0.1, 0.9]], emission)
     one = solve(case, start, rt[None])
     three = solve(case, start, Sequences.split(rt, [168, 134, 137]))
@@ -138,7 +140,7 @@ def ice_cream(case):
     shares = np.eye(4)[[0, 1, 3]]
     shares[:2, :3] = given["B"]
     shares[:2, 3] = 0
-    start = HMM([*given["pi"], 0.0], matrix, jaxem.Categorical(shares[:, None]))
+    start = HMM([*given["pi"], 0.0], matrix, jaxem.emissions.Categorical(shares[:, None]))
     diary = jnp.asarray([*given["cones"] - 1, 3])[None, :, None]
     path = list(states(start, diary, 10))
     model = path[-1].model
@@ -153,7 +155,7 @@ def ice_cream(case):
 def known(case):
     """A chain of two states with known parameters, and what it was seen to do."""
     given = {key: np.array(value) for key, value in CHAINS[case]["data"]["values"].items()}
-    model = HMM(given["pi"], given["A"], jaxem.Categorical(given["B"][:, None]))
+    model = HMM(given["pi"], given["A"], jaxem.emissions.Categorical(given["B"][:, None]))
     return model, jnp.asarray(given["obs"])[None, :, None]
 
 
@@ -213,7 +215,9 @@ def test_counting_alone_is_not_the_stationary_maximum():
         statistics, _ = model.e_step(x)
         after = model.m_step(statistics)
         model = HMM(
-            jaxem.chain.stationary(after.transition.matrix), after.transition, after.emission
+            jaxem.latents.chain.stationary(after.transition.matrix),
+            after.transition,
+            after.emission,
         )
     found = -float(model.log_prob(x)[0])
     np.testing.assert_allclose(found, 342.3479, atol=2e-4)

@@ -17,7 +17,7 @@ OTHERS = frozenset({("mixreg_npreg", "flexmix_loglik"), ("mixreg_npreg", "flexmi
 def coefficients(model):
     """Intercept and slopes of one output, a row for each component."""
     c = model.components
-    return jnp.concatenate([c.bias, c.weights[:, 0]], axis=1)
+    return jnp.concatenate([c.intercept, c.coefficients[:, 0]], axis=1)
 
 
 def by_labels(data, labels, family, sure=1.0):
@@ -33,7 +33,7 @@ def tone(case):
     labels = np.argmin(np.abs(np.stack([1.9 + 0.05 * u - y, u - y])), axis=0)
     numbers = {}
     for prefix, tied in (("", False), ("eqvar_", True)):
-        family = functools.partial(jaxem.LinearRegression, tied=tied)
+        family = functools.partial(jaxem.emissions.LinearRegression, tied=tied)
         solution = solve(case, by_labels(data, labels, family, 0.95), data)
         covariance = solution.model.components.covariance
         numbers[f"{prefix}loglik"] = solution.log_likelihood
@@ -49,9 +49,9 @@ def parabola(case):
     u = frame["x"].to_numpy(float)[:, None]
     data = jnp.asarray(np.concatenate([u, u**2], axis=1)), jnp.asarray(frame[["yn"]].to_numpy())
     labels = frame["class"].to_numpy(int) - 1
-    solution = solve(case, by_labels(data, labels, jaxem.LinearRegression), data)
+    solution = solve(case, by_labels(data, labels, jaxem.emissions.LinearRegression), data)
     model = solution.model
-    order = jnp.argsort(model.components.bias[:, 0])
+    order = jnp.argsort(model.components.intercept[:, 0])
     return {
         "loglik_ML": solution.log_likelihood,
         "pi": model.weights[order],
@@ -66,7 +66,7 @@ def patents(case):
     k = int(case[-1])
 
     def start(key):
-        return jaxem.Mixture.init(key, data, k, jaxem.PoissonRegression)
+        return jaxem.Mixture.init(key, data, k, jaxem.emissions.PoissonRegression)
 
     models = jax.vmap(start)(jax.random.split(jax.random.key(0), 12))
     rough = jaxem.best(jaxem.fit_restarts(models, data, tol=1e-7, max_steps=500))
@@ -88,7 +88,7 @@ def experts(case):
     v = jnp.asarray(frame[["RDS"]].to_numpy())
 
     def start(key):
-        mixture = jaxem.Mixture.init(key, (u, y), 3, jaxem.PoissonRegression)
+        mixture = jaxem.Mixture.init(key, (u, y), 3, jaxem.emissions.PoissonRegression)
         return jaxem.MixtureOfExperts.from_mixture(mixture, 1)
 
     models = jax.vmap(start)(jax.random.split(jax.random.key(0), 12))

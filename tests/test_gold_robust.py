@@ -15,7 +15,7 @@ OTHERS = frozenset({("negbin_quine", "theta_regression"), ("negbin_quine", "logl
 def with_dof(x, dof, labels=None):
     """A start with fixed degrees of freedom, from labels or from the moments of all data."""
     r = jnp.ones((len(x), 1)) if labels is None else jax.nn.one_hot(labels, int(labels.max()) + 1)
-    model = jaxem.Mixture.from_responsibilities(x, r, jaxem.StudentT)
+    model = jaxem.Mixture.from_responsibilities(x, r, jaxem.emissions.StudentT)
     components = type(model.components)(model.components.mean, model.components.scale, dof)
     return jaxem.freeze(jaxem.Mixture(model.weights, components), "components.dof")
 
@@ -24,7 +24,7 @@ def newcomb(case):
     x = jnp.asarray(table("newcomb").time.to_numpy(float))[:, None]
     solution = solve(case, jaxem.unfreeze(with_dof(x, 30.0), "components.dof"), x)
     fitted = solution.model.components
-    errors = jaxem.standard_errors(solution, x)["components"]
+    errors = jaxem.inference.standard_errors(solution, x)["components"]
     scale = jnp.sqrt(fitted.scale[0, 0, 0])
     return {
         "mu_sigma_nu": jnp.stack([fitted.mean[0, 0], scale, fitted.dof[0]]),
@@ -56,10 +56,10 @@ def faithful(case):
 
 def quine(case):
     x = jnp.asarray(table("quine").Days.to_numpy())[:, None]
-    start = jaxem.Mixture([1.0], jaxem.NegativeBinomial([[1.0]], [[10.0]]))
+    start = jaxem.Mixture([1.0], jaxem.emissions.NegativeBinomial([[1.0]], [[10.0]]))
     solution = solve(case, start, x)
     fitted = solution.model.components
-    numbers = {"mu": fitted.mean[0, 0], "theta": fitted.shape[0, 0]}
+    numbers = {"mu": fitted.mean[0, 0], "theta": fitted.concentration[0, 0]}
     return numbers | {"loglik": solution.log_likelihood}
 
 

@@ -14,21 +14,22 @@ from models import CASES, HMMS, LENGTHS, MEAN, OBSERVED, SEQUENCES, STAGES, STAY
 from test_adjoints import agree, gradient_and_difference
 
 import jaxem
-from jaxem import HMM, RESULTS, Sequences, Transition
-from jaxem._hold import natural_parameters
+from jaxem import HMM, RESULTS, Sequences
+from jaxem._core.parameters import named_parameters
+from jaxem.factors import Transition
 
 KEY = jax.random.key(0)
 RAGGED = ["hmm-gaussian", "hmm-left-to-right"]
 
 
 @eqx.filter_jit
-def e_step(model, data, weights=None, posterior=jaxem.Exact()):
-    statistics, value = model.e_step(data, weights, posterior=posterior)
+def e_step(model, data, sample_weight=None, posterior=jaxem.em.Exact()):
+    statistics, value = model.e_step(data, sample_weight, posterior=posterior)
     return statistics.sums, value
 
 
 @eqx.filter_jit
-def step(model, data, prior=None, posterior=jaxem.Exact()):
+def step(model, data, prior=None, posterior=jaxem.em.Exact()):
     """One step of EM: the next model and the statistics that it comes from."""
     statistics, value = model.e_step(data, posterior=posterior)
     total = statistics if prior is None else statistics + prior
@@ -41,15 +42,15 @@ def of_q(model, statistics):
 
 
 @eqx.filter_jit
-def slopes(model, data, weights):
+def slopes(model, data, sample_weight):
     """Derivatives of the log-likelihood by model, data (zero for integers) and weights."""
 
-    def total(model, values, weights):
+    def total(model, values, sample_weight):
         new = eqx.tree_at(lambda d: d.values, data, values)
-        return model.e_step(new, weights)[1]
+        return model.e_step(new, sample_weight)[1]
 
     by_model, by_values, by_weights = jax.grad(total, argnums=(0, 1, 2), allow_int=True)(
-        model, data.values, weights
+        model, data.values, sample_weight
     )
     if by_values.dtype == jax.dtypes.float0:
         by_values = jnp.zeros(data.values.shape)
@@ -72,7 +73,7 @@ def lane(tree, index):
 
 
 def gaussians(initial=(0.6, 0.4), transition=STAY):
-    return HMM(initial, transition, jaxem.SphericalGaussian(MEAN, [1.0, 1.3]))
+    return HMM(initial, transition, jaxem.emissions.SphericalGaussian(MEAN, [1.0, 1.3]))
 
 
 X = jnp.asarray(SEQUENCES)
@@ -128,16 +129,16 @@ def test_ragged_sequences_are_each_of_them():
 def test_padding_is_nothing(name):
     """Longer, and filled with NaN: equal statistics, and derivatives that are zero there."""
     model, data, *_ = CASES[name]()
-    weights = jnp.linspace(0, 2, 14)
+    sample_weight = jnp.linspace(0, 2, 14)
     counts = np.asarray(data.present)
     spoilt = jnp.where(counts[:, :, None], data.values, jnp.nan)
     longer = jnp.concatenate([spoilt, jnp.full((14, 3, spoilt.shape[2]), jnp.nan)], axis=1)
     seen = jnp.concatenate([data.observed, jnp.ones((14, 3), bool)], axis=1)
     longer = Sequences(longer, LENGTHS, observed=seen)
-    close(e_step(model, longer, weights), e_step(model, data, weights))
+    close(e_step(model, longer, sample_weight), e_step(model, data, sample_weight))
     close(model.log_prob(longer), model.log_prob(data))
-    of_model, of_values, of_weights = slopes(model, longer, weights)
-    other = slopes(model, data, weights)
+    of_model, of_values, of_weights = slopes(model, longer, sample_weight)
+    other = slopes(model, data, sample_weight)
     close((of_model, of_weights), (other[0], other[2]))
     close(of_values[:, :9], other[1])
     assert np.all(np.asarray(of_values)[:, 9:] == 0)
@@ -146,7 +147,7 @@ def test_padding_is_nothing(name):
 
 def test_a_step_that_was_not_observed_is_summed_over():
     """Its two values summed over give the probability of the rest."""
-    bits = jaxem.Bernoulli([[0.2], [0.7]])
+    bits = jaxem.emissions.Bernoulli([[0.2], [0.7]])
     model = HMM([0.6, 0.4], STAY, bits)
     x = jnp.asarray([[1, 0, 1, 1, 0], [0, 0, 1, 1, 1]])[:, :, None]
     observed = np.ones((2, 5), bool)
@@ -171,18 +172,18 @@ def test_weights_count_sequences(name):
     spoilt = eqx.tree_at(lambda d: d.values, data, spoil(data.values))
     if data.inputs is not None:
         spoilt = eqx.tree_at(lambda d: d.inputs, spoilt, spoil(data.inputs))
-    weights = jnp.ones(14).at[0].set(2).at[1].set(0)
+    sample_weight = jnp.ones(14).at[0].set(2).at[1].set(0)
     listed = lane(data, jnp.array([0, 0, *range(2, 14)]))
-    close(e_step(model, spoilt, weights), e_step(model, listed))
-    of_model, of_values, of_weights = slopes(model, spoilt, weights)
+    close(e_step(model, spoilt, sample_weight), e_step(model, listed))
+    of_model, of_values, of_weights = slopes(model, spoilt, sample_weight)
     assert finite((of_model, of_weights))
     assert np.all(of_values[1] == 0)
 
 
 def test_a_sequence_of_weight_0_has_a_derivative_where_it_is_possible():
     model, data, *_ = CASES["hmm-gaussian"]()
-    weights = jnp.ones(14).at[1].set(0)
-    close(slopes(model, data, weights)[2], model.log_prob(data))
+    sample_weight = jnp.ones(14).at[1].set(0)
+    close(slopes(model, data, sample_weight)[2], model.log_prob(data))
 
 
 # Lists of sequences
@@ -248,10 +249,10 @@ def test_new_lengths_of_like_size_compile_nothing():
 @eqx.filter_jit
 def counted(model, data):
     """Expected first states and transitions, pair by pair."""
-    log_b = model.emission.log_prob_at(model.emission.coordinates(), data.steps())
+    log_b = model.emission.log_prob(data.steps(), model.emission.tilt())
     log_b = jnp.where(data.present[:, :, None], log_b.reshape(*data.present.shape, -1), 0)
     matrix = model.transition.matrix
-    found = jax.vmap(lambda b: jaxem.chain.smoothing(model.initial, matrix, b))(log_b)
+    found = jax.vmap(lambda b: jaxem.latents.chain.smoothing(model.initial, matrix, b))(log_b)
     pairs = found.before[:, :-1, :, None] * matrix * found.after[:, 1:, None, :]
     pairs = jnp.where(data.within[:, 1:, None, None], pairs, 0)
     return jnp.sum(found.smoothed[:, 0], axis=0), jnp.sum(pairs, axis=(0, 1))
@@ -282,7 +283,7 @@ def test_structural_zeros_stay_zero():
     smoothed = np.asarray(solution.model.responsibilities(data))
     paths, _ = solution.model.viterbi(data)
     assert np.all(np.diff(paths, axis=1) >= 0) and np.all(np.diff(paths, axis=1) <= 1)
-    never = jaxem.Transition.left_to_right(3, 0.7)
+    never = jaxem.factors.Transition.left_to_right(3, 0.7)
     ahead = HMM([1.0, 0.0, 0.0], never, model.emission)  # floored, not a structural zero
     assert np.all(ahead.responsibilities(data)[:, 0, 1:] < 1e-290) and np.all(smoothed >= 0)
 
@@ -296,14 +297,14 @@ def test_zeros_under_jit_need_a_mask():
 
 def test_a_row_that_is_never_left_stays_as_it_is():
     """No transitions out of the last state were seen: nothing was counted."""
-    model = HMM([0.5, 0.5], STAY, jaxem.SphericalGaussian(MEAN, [1.0, 1.3]))
+    model = HMM([0.5, 0.5], STAY, jaxem.emissions.SphericalGaussian(MEAN, [1.0, 1.3]))
     after, *_ = step(model, X[:, :1])
     close(after.transition.matrix, STAY)
     assert finite(after)
 
 
 def test_tied_rows_share_their_counts():
-    three = jaxem.SphericalGaussian([[0.0], [1.5], [4.0]], [1.0, 1.2, 0.9])
+    three = jaxem.emissions.SphericalGaussian([[0.0], [1.5], [4.0]], [1.0, 1.2, 0.9])
     rows = np.array([[0.2, 0.5, 0.3], [0.6, 0.1, 0.3], [0.2, 0.5, 0.3]])
     model = HMM([0.4, 0.3, 0.3], Transition(rows, tied=["a", "b", "a"]), three)
     data = Sequences(jnp.asarray(STAGES), LENGTHS)
@@ -328,26 +329,26 @@ def test_tied_rows_share_their_counts():
     ],
 )
 def test_freezing(name, mask):
-    """What is held does not move, what is free goes to the constrained maximum."""
+    """What is frozen does not move, what is free goes to the constrained maximum."""
     model, data, *_ = CASES["hmm-gaussian"]()
-    held = jaxem.freeze(model, name, mask=mask)
-    after, statistics, _ = step(held, data)
+    frozen = jaxem.freeze(model, name, mask=mask)
+    after, statistics, _ = step(frozen, data)
     free, *_ = step(model, data)
     which = np.array([True, True] if mask is None else mask)
     get = lambda m: functools.reduce(getattr, name.split("."), m)  # noqa: E731
     np.testing.assert_allclose(get(after)[which], get(model)[which], rtol=1e-15)
     if name == "initial":
         close(jnp.sum(after.initial), 1.0)
-        assert held.num_free_parameters == model.num_free_parameters - 1
+        assert frozen.num_free_parameters == model.num_free_parameters - 1
     elif name == "transition.matrix":
         close(get(after)[~which], get(free)[~which])
-        assert held.num_free_parameters == model.num_free_parameters - which.sum()
+        assert frozen.num_free_parameters == model.num_free_parameters - which.sum()
     moved = jaxem.freeze(free, name, mask=mask)
     assert of_q(after, statistics)[0] <= of_q(moved, statistics)[0] + 1e-9
-    solution = jaxem.fit(held, data, tol=0.0, max_steps=10)
+    solution = jaxem.fit(frozen, data, tol=0.0, max_steps=10)
     assert np.all(np.diff(solution.history) > -1e-9)
     np.testing.assert_allclose(get(solution.model)[which], get(model)[which], rtol=1e-14)
-    assert jax.tree.structure(jaxem.unfreeze(held, name)) == jax.tree.structure(model)
+    assert jax.tree.structure(jaxem.unfreeze(frozen, name)) == jax.tree.structure(model)
 
 
 # Priors
@@ -357,8 +358,9 @@ def test_freezing(name, mask):
 def test_dirichlet_priors_are_pseudo_counts(sticky):
     model, data, *_ = CASES["hmm-gaussian"]()
     concentration = np.array([[1.5, 2.0], [1.0, 4.0]])
-    rows = model.transition.prior(concentration, sticky)
-    prior = model.prior(initial=[2.0, 1.5], transition=rows)
+    counts = concentration - 1
+    rows = model.transition.prior(counts.sum(1), shares(counts), sticky)
+    prior = model.prior(initial=[1.0, 0.5], transition=rows)
     first, moved = counted(model, data)
     after, *_ = step(model, data, prior)
     close(after.initial, shares(first + jnp.array([1.0, 0.5])))
@@ -370,9 +372,9 @@ def test_dirichlet_priors_are_pseudo_counts(sticky):
 def test_a_prior_of_tied_and_forbidden_transitions():
     """Rows that share a distribution share their pseudo-counts; what is forbidden gets none."""
     tied = Transition([[0.5, 0.5], [0.5, 0.5]], tied=[0, 0])
-    close(tied.prior(2.0, sticky=1.0).sums, [[2.0, 2.0]])
+    close(tied.prior(1.0, stay=1.0).sums, [[2.0, 2.0]])
     ahead = Transition.left_to_right(3)
-    close(ahead.prior(2.0, sticky=4.0).sums, [[5.0, 1, 0], [0, 5, 1], [0, 0, 5]])
+    close(ahead.prior([2.0, 2.0, 1.0], stay=4.0).sums, [[5.0, 1, 0], [0, 5, 1], [0, 0, 5]])
     flat = ahead.prior()
     assert np.all(flat.sums == 0)
 
@@ -381,8 +383,12 @@ def test_a_prior_of_tied_and_forbidden_transitions():
 def test_map_em_climbs_to_a_posterior_mode(name):
     model, data, *_ = CASES[name]()
     logistic = name == "hmm-logistic-transition"
-    rows = model.transition.prior(2.0) if logistic else model.transition.prior(1.5, 2.0)
-    prior = model.prior(initial=2.0, transition=rows)
+    if logistic:
+        rows = model.transition.prior(2.0)
+    else:
+        possible = np.sum(model.transition.matrix > 0, axis=1)
+        rows = model.transition.prior(0.5 * possible, stay=2.0)
+    prior = model.prior(initial=float(model.num_states), transition=rows)
     solution = jaxem.fit(model, data, prior=prior, tol=1e-12, max_steps=3000)
     assert solution.result == RESULTS.converged
     history = solution.history[: solution.num_steps + 1]
@@ -430,7 +436,7 @@ def test_which_chains_have_one_stationary_distribution(arrows, unique):
     transition = Transition(matrix)
     assert transition.has_one_class() == unique
     if unique:
-        delta = jaxem.chain.stationary(transition.matrix)
+        delta = jaxem.latents.chain.stationary(transition.matrix)
         close(delta @ matrix, delta)
         close(jnp.sum(delta), 1.0)
 
@@ -445,7 +451,7 @@ def test_a_stationary_fit_is_a_maximum_of_the_likelihood():
 @pytest.mark.parametrize("rows", [None, [True, False]])
 def test_a_stationary_fit_with_zeros_and_held_rows_climbs(rows):
     matrix = np.array([[0.7, 0.3, 0.0], [0.1, 0.6, 0.3], [0.4, 0.0, 0.6]])
-    emission = jaxem.SphericalGaussian([[0.0], [1.5], [4.0]], [1.0, 1.2, 0.9])
+    emission = jaxem.emissions.SphericalGaussian([[0.0], [1.5], [4.0]], [1.0, 1.2, 0.9])
     model = HMM("stationary", matrix, emission)
     if rows is not None:
         model = jaxem.freeze(model, "transition.matrix", mask=[True, False, True])
@@ -463,11 +469,11 @@ def test_a_stationary_fit_with_zeros_and_held_rows_climbs(rows):
 
 def test_weights_of_zero_are_a_plain_transition():
     model, data, *_ = CASES["hmm-logistic-transition"]()
-    driven = HMM(model.initial, jaxem.LogisticTransition(STAY, 1), model.emission)
+    driven = HMM(model.initial, jaxem.factors.LogisticTransition(STAY, 1), model.emission)
     plain = HMM(model.initial, STAY, model.emission)
     close(driven.log_prob(data), plain.log_prob(data.values))
     fitted = jaxem.fit(
-        jaxem.freeze(driven, "transition.weights"), data, tol=1e-11, max_steps=5000
+        jaxem.freeze(driven, "transition.coefficients"), data, tol=1e-11, max_steps=5000
     ).model
     other = jaxem.fit(plain, data.values, tol=1e-11).model
     close(fitted.transition.baseline, other.transition.matrix, 1e-6)
@@ -490,8 +496,8 @@ def test_inputs_that_drive_nothing_do_not_matter():
 
 def test_inputs_drive_the_step_into_theirs():
     """An input that forces state 1 at one step alone."""
-    force = jaxem.LogisticTransition([[0.5, 0.5], [0.5, 0.5]], [[[-40.0], [40.0]]] * 2)
-    model = HMM([1.0, 0.0], force, jaxem.Poisson([[1.0], [5.0]]))
+    force = jaxem.factors.LogisticTransition([[0.5, 0.5], [0.5, 0.5]], [[[-40.0], [40.0]]] * 2)
+    model = HMM([1.0, 0.0], force, jaxem.emissions.Poisson([[1.0], [5.0]]))
     inputs = jnp.zeros((50, 6, 1)).at[:, 3].set(1.0)
     _, z = model.sample(KEY, 50, 6, inputs)
     assert np.all(z[:, 3] == 1) and 0 < np.mean(z[:, 2]) < 1 and 0 < np.mean(z[:, 4]) < 1
@@ -501,15 +507,15 @@ def test_inputs_drive_the_step_into_theirs():
 
 
 def test_logistic_weights_are_found_again():
-    truth = jaxem.LogisticTransition(STAY, [[[1.0], [-1.0]], [[-0.5], [0.5]]])
-    model = HMM([0.5, 0.5], truth, jaxem.Poisson([[1.0], [30.0]]))
+    truth = jaxem.factors.LogisticTransition(STAY, [[[1.0], [-1.0]], [[-0.5], [0.5]]])
+    model = HMM([0.5, 0.5], truth, jaxem.emissions.Poisson([[1.0], [30.0]]))
     inputs = jax.random.normal(jax.random.key(1), (20, 100, 1))
     x, _ = model.sample(jax.random.key(2), 20, 100, inputs)
-    start = HMM([0.5, 0.5], jaxem.LogisticTransition(STAY, 1), model.emission)
+    start = HMM([0.5, 0.5], jaxem.factors.LogisticTransition(STAY, 1), model.emission)
     data = Sequences(x, inputs=inputs)
     solution = jaxem.fit(start, data, tol=1e-6)
-    errors = jaxem.standard_errors(solution, data)["transition"]["weights"]
-    gaps = np.abs(solution.model.transition.weights - truth.weights)
+    errors = jaxem.inference.standard_errors(solution, data)["transition"]["coefficients"]
+    gaps = np.abs(solution.model.transition.coefficients - truth.coefficients)
     assert np.all(gaps < 4 * errors) and np.all(errors < 0.2)
 
 
@@ -523,7 +529,7 @@ def test_a_start_is_pure_and_ignores_what_does_not_count(method):
     spoilt = Sequences(jnp.where(counts[:, :, None], X, jnp.nan), LENGTHS, observed=OBSERVED)
 
     def start(key, data=spoilt):
-        return HMM.init(key, data, 2, jaxem.Gaussian, method=method, stay=0.8)
+        return HMM.init(key, data, 2, jaxem.emissions.Gaussian, method=method, stay=0.8)
 
     batch = jax.jit(jax.vmap(start))(keys)
     for i, key in enumerate(keys):
@@ -534,17 +540,37 @@ def test_a_start_is_pure_and_ignores_what_does_not_count(method):
     assert np.all(gaps.sum(-1).min(1) < 1e-12)  # around steps that count
     close(lane(batch, 0).transition.matrix, 0.2 + 0.6 * np.eye(2))
     close(lane(batch, 0).initial, [0.5, 0.5])
-    weights = jnp.ones(14).at[0].set(0)
-    light = HMM.init(KEY, spoilt, 2, jaxem.Gaussian, method=method, weights=weights)
+    sample_weight = jnp.ones(14).at[0].set(0)
+    light = HMM.init(
+        KEY, spoilt, 2, jaxem.emissions.Gaussian, method=method, sample_weight=sample_weight
+    )
     assert not np.any(np.all(np.isin(light.emission.mean, SEQUENCES[0]), axis=1))
+
+
+def test_a_left_to_right_start_has_its_states_in_order_of_time():
+    ahead = Transition.left_to_right(3, 0.8)
+    level = jnp.repeat(jnp.array([5.0, -5.0, 0.0]), 10)
+    x = level[None, :, None] + 0.1 * jax.random.normal(KEY, (4, 30, 1))
+    for family in (
+        jaxem.emissions.SphericalGaussian,
+        functools.partial(jaxem.emissions.DiagonalGaussian, tied=True),
+    ):
+        model = HMM.init(jax.random.key(3), x, 3, family, transition=ahead)
+        np.testing.assert_allclose(model.emission.mean[:, 0], [5.0, -5.0, 0.0], atol=1.0)
+    any_way = Transition(np.full((3, 3), 1 / 3))
+    free = HMM.init(jax.random.key(3), x, 3, jaxem.emissions.SphericalGaussian, transition=any_way)
+    plain = HMM.init(jax.random.key(3), x, 3, jaxem.emissions.SphericalGaussian)
+    close(free.emission, plain.emission)
+    with pytest.raises(ValueError, match="has 3 states"):
+        HMM.init(KEY, x, 2, jaxem.emissions.SphericalGaussian, transition=ahead)
 
 
 def test_a_start_keeps_the_dtype_of_the_data():
     for data in (X, Sequences(X, LENGTHS), Sequences(X, observed=OBSERVED)):
         single = jax.tree.map(lambda a: a.astype("float32") if a.dtype == float else a, data)
-        model = HMM.init(KEY, single, 2, jaxem.Gaussian)
+        model = HMM.init(KEY, single, 2, jaxem.emissions.Gaussian)
         assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {jnp.dtype("float32")}
-    prior = model.prior(2.0, model.transition.prior(1.5, sticky=2.0))
+    prior = model.prior(initial=2.0, transition=model.transition.prior(1.0, stay=2.0))
     after, *_ = step(model, single, prior)
     assert {leaf.dtype for leaf in jax.tree.leaves(after)} == {jnp.dtype("float32")}
     ahead = Transition.left_to_right(3, jnp.float32(0.5))
@@ -552,7 +578,7 @@ def test_a_start_keeps_the_dtype_of_the_data():
 
 
 def test_a_start_from_a_mixture():
-    mixture = jaxem.Mixture([0.3, 0.7], jaxem.SphericalGaussian(MEAN, [1.0, 1.3]))
+    mixture = jaxem.Mixture([0.3, 0.7], jaxem.emissions.SphericalGaussian(MEAN, [1.0, 1.3]))
     model = HMM.from_mixture(mixture, stay=0.6)
     matrix = model.transition.matrix
     close(matrix, 0.6 * np.eye(2) + 0.4 * np.array([0.3, 0.7]))
@@ -575,7 +601,7 @@ def test_a_start_from_a_mixture():
 
 def test_restarts():
     def start(key):
-        model = HMM.init(key, X, 2, jaxem.SphericalGaussian)
+        model = HMM.init(key, X, 2, jaxem.emissions.SphericalGaussian)
         return HMM("stationary", model.transition, model.emission)
 
     models = jax.vmap(start)(jax.random.split(KEY, 5))
@@ -592,19 +618,19 @@ def test_restarts():
 @pytest.mark.parametrize("name", ["hmm-gaussian", "hmm-stationary", "hmm-logistic-transition"])
 def test_viterbi_training(name):
     model, data, *_ = CASES[name]()
-    hard = jaxem.EM(jaxem.Hard())
-    (first, _, _), value = e_step(model, data, posterior=jaxem.Hard())
+    hard = jaxem.EM(jaxem.em.Hard())
+    (first, _, _), value = e_step(model, data, posterior=jaxem.em.Hard())
     paths, best = model.viterbi(data)
     close(value, jnp.sum(best))
     np.testing.assert_array_equal(first, np.bincount(np.asarray(paths[:, 0]), minlength=len(first)))
     if name != "hmm-logistic-transition":
-        within = np.asarray(jaxem._sequences.as_sequences(data).within)
+        within = np.asarray(jaxem._core.sequences.as_sequences(data).within)
         pairs = [
             (p[t - 1], p[t]) for p, w in zip(paths, within, strict=True) for t in range(1, w.sum())
         ]
         counts = np.zeros_like(model.transition.matrix)
         np.add.at(counts, tuple(np.array(pairs).T), 1)
-        sums = e_step(model, data, posterior=jaxem.Hard())[0][1]
+        sums = e_step(model, data, posterior=jaxem.em.Hard())[0][1]
         close(sums, counts)
     solution = jaxem.fit(model, data, hard, tol=1e-9, throw=False)
     history = solution.history[: solution.num_steps + 1]
@@ -631,19 +657,20 @@ def moved_data(data, t):
 def perturbed_fit(name, t, adjoint, **options):
     """A smooth function of a fit whose data, weights and prior move with t."""
     model, data, *_ = CASES[name]()
-    weights = 1 + t[1] * np.random.default_rng(2).normal(size=14)
-    prior = (1 + t[2]) * model.prior(2.0, model.transition.prior(1.5))
+    sample_weight = 1 + t[1] * np.random.default_rng(2).normal(size=14)
+    rows = model.transition.prior(1.5 if name == "hmm-logistic-transition" else 1.0)
+    prior = (1 + t[2]) * model.prior(initial=2.0, transition=rows)
     solution = jaxem.fit(
         model,
         moved_data(data, t[0]),
-        weights=weights,
+        sample_weight=sample_weight,
         prior=prior,
         adjoint=adjoint,
         throw=False,
         **options,
     )
     spread = sum(
-        jnp.sum(jnp.cos(leaf)) for leaf in jax.tree.leaves(natural_parameters(solution.model))
+        jnp.sum(jnp.cos(leaf)) for leaf in jax.tree.leaves(named_parameters(solution.model))
     )
     return jnp.sum(jnp.sin(solution.model.log_prob(data))) + spread + 0.1 * solution.objective
 
@@ -651,7 +678,7 @@ def perturbed_fit(name, t, adjoint, **options):
 @pytest.mark.parametrize("name", ["hmm-gaussian", "hmm-stationary", "hmm-logistic-transition"])
 def test_implicit_gradients(name):
     def value(t):
-        return perturbed_fit(name, t, jaxem.Implicit(), tol=1e-13, max_steps=20_000)
+        return perturbed_fit(name, t, jaxem.em.Implicit(), tol=1e-13, max_steps=20_000)
 
     agree(*gradient_and_difference(value), 1e-6)
 
@@ -660,9 +687,9 @@ def test_gradients_through_the_steps():
     def value(t, adjoint):
         return perturbed_fit("hmm-left-to-right", t, adjoint, tol=0.0, max_steps=3)
 
-    backwards, difference = gradient_and_difference(lambda t: value(t, jaxem.Unrolled()))
+    backwards, difference = gradient_and_difference(lambda t: value(t, jaxem.em.Unrolled()))
     agree(backwards, difference, 1e-6)
-    forwards = jax.jit(jax.jacfwd(lambda t: value(t, jaxem.Forward())))
+    forwards = jax.jit(jax.jacfwd(lambda t: value(t, jaxem.em.Forward())))
     agree(forwards(jnp.zeros(3)), difference, 1e-6)
 
 
@@ -682,7 +709,9 @@ def stationary_poissons(numbers):
     """The fit of "hmm-stationary" as a function of P(1|0), P(0|1) and the two rates."""
     leave, back, low, high = numbers
     matrix = jnp.stack([jnp.stack([1 - leave, leave]), jnp.stack([back, 1 - back])])
-    return HMM("stationary", Transition(matrix), jaxem.Poisson(jnp.stack([low, high])[:, None]))
+    return HMM(
+        "stationary", Transition(matrix), jaxem.emissions.Poisson(jnp.stack([low, high])[:, None])
+    )
 
 
 def test_standard_errors_are_those_of_the_hessian_by_differences():
@@ -701,7 +730,7 @@ def test_standard_errors_are_those_of_the_hessian_by_differences():
         for a in h
     ]
     expected = np.sqrt(np.diag(np.linalg.inv(-np.array(hessian))))
-    errors = jaxem.standard_errors(solution, data)
+    errors = jaxem.inference.standard_errors(solution, data)
     found = errors["transition"]["matrix"][[0, 1], [1, 0]], errors["emission"]["rate"][:, 0]
     np.testing.assert_allclose(np.concatenate(found), expected, rtol=1e-4)
     # That of the start, by the delta method: δ₀ = P(0|1) / (P(1|0) + P(0|1)).
@@ -712,18 +741,18 @@ def test_standard_errors_are_those_of_the_hessian_by_differences():
 
 def test_influence_predicts_refits_and_makes_the_sandwich():
     model, data, *_ = CASES["hmm-stationary"]()
-    solution = jaxem.fit(model, data, weights=jnp.ones(14), tol=1e-13, throw=False)
-    numbers = lambda m: ravel_pytree(natural_parameters(m))[0]  # noqa: E731
-    influence = jaxem.influence(numbers, solution, data)
+    solution = jaxem.fit(model, data, sample_weight=jnp.ones(14), tol=1e-13, throw=False)
+    numbers = lambda m: ravel_pytree(named_parameters(m))[0]  # noqa: E731
+    influence = jaxem.inference.influence(numbers, solution, data)
     options = dict(tol=1e-13, throw=False)
     h = jnp.zeros(14).at[3].set(1e-4)
     above, below = (
-        numbers(jaxem.fit(solution.model, data, weights=1 + s * h, **options).model)
+        numbers(jaxem.fit(solution.model, data, sample_weight=1 + s * h, **options).model)
         for s in (1, -1)
     )
     size = float(jnp.max(jnp.abs(influence)))
     np.testing.assert_allclose(influence[:, 3], (above - below) / 2e-4, rtol=0, atol=1e-6 * size)
-    robust = jaxem.sandwich(solution, data)
+    robust = jaxem.inference.sandwich(solution, data)
     np.testing.assert_allclose(robust.matrix, influence @ influence.T, rtol=1e-5, atol=1e-9)
 
 
@@ -739,7 +768,7 @@ def test_a_sequence_that_cannot_be_spoils_no_other():
 def test_the_rate_of_convergence_is_that_of_the_steps():
     model, data, *_ = CASES["hmm-stationary"]()
     solution = jaxem.fit(model, data, tol=1e-13)
-    rate = jaxem.convergence_rate(solution, data)
+    rate = jaxem.inference.convergence_rate(solution, data)
     assert not bool(rate.saddle)
     gaps = []
     for _ in range(25):
@@ -760,7 +789,7 @@ def one_sequence():
 @functools.cache
 def single():
     x = one_sequence()
-    model = HMM([0.5, 0.5], STAY, jaxem.SphericalGaussian([[0.0], [2.0]], [1.0, 1.0]))
+    model = HMM([0.5, 0.5], STAY, jaxem.emissions.SphericalGaussian([[0.0], [2.0]], [1.0, 1.0]))
     return x, model, jaxem.fit(model, x, tol=1e-12, max_steps=5000)
 
 
@@ -769,12 +798,12 @@ def test_one_sequence_converges_to_a_unit_vector():
     assert solution.result == RESULTS.converged
     np.testing.assert_allclose(jnp.sort(solution.model.initial), [0.0, 1.0], atol=1e-12)
     assert finite((solution.model, solution.history[: solution.num_steps + 1]))
-    covariance = jaxem.observed_information(solution, x).covariance()
+    covariance = jaxem.inference.observed_information(solution, x).covariance()
     assert bool(covariance.proper) and finite(covariance.matrix)
-    assert np.all(covariance.held["initial"]) and np.all(
+    assert np.all(covariance.undetermined["initial"]) and np.all(
         covariance.standard_errors["initial"] < 1e-6
     )
-    rest = {name: value for name, value in covariance.held.items() if name != "initial"}
+    rest = {name: value for name, value in covariance.undetermined.items() if name != "initial"}
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(rest))
     # The others are those of a start that is known.
     known = jaxem.freeze(
@@ -785,7 +814,7 @@ def test_one_sequence_converges_to_a_unit_vector():
         ),
         "initial",
     )
-    errors = jaxem.standard_errors(known, x)
+    errors = jaxem.inference.standard_errors(known, x)
     for name in ("transition", "emission"):
         close(covariance.standard_errors[name], errors[name], 1e-6)
 
@@ -809,7 +838,7 @@ def test_one_sequence_has_finite_derivatives():
 # float32
 
 
-@pytest.mark.parametrize("family", [jaxem.Gaussian, jaxem.SphericalGaussian])
+@pytest.mark.parametrize("family", [jaxem.emissions.Gaussian, jaxem.emissions.SphericalGaussian])
 def test_an_offset_costs_no_digits(family):
     """Law 6 at offset 1000: statistics are about the means."""
     x = X + 1000
@@ -820,8 +849,8 @@ def test_an_offset_costs_no_digits(family):
     assert single.objective.dtype == jnp.float32
     assert single.result == RESULTS.converged and double.result == RESULTS.converged
     assert abs(float(single.objective) - float(double.objective)) / X.size < 1e-4
-    for name, ours in natural_parameters(single.model)["emission"].items():
-        exact = natural_parameters(double.model)["emission"][name]
+    for name, ours in named_parameters(single.model)["emission"].items():
+        exact = named_parameters(double.model)["emission"][name]
         np.testing.assert_allclose(
             ours, exact, atol=2e-3 * float(jnp.max(jnp.abs(exact))) if name != "mean" else 2e-3
         )
@@ -836,12 +865,12 @@ def test_an_offset_costs_no_digits(family):
 @pytest.mark.parametrize("name", ["hmm-logistic-transition"])
 def test_sequences_spread_over_devices(name):
     model, data, *_ = CASES[name]()
-    mesh = jax.make_mesh((2,), ("units",), axis_types=(AxisType.Auto,))
-    spread = lambda tree: jax.device_put(tree, NamedSharding(mesh, PartitionSpec("units")))  # noqa: E731
-    weights = jnp.linspace(0, 2, 14)
+    mesh = jax.make_mesh((2,), ("observations",), axis_types=(AxisType.Auto,))
+    spread = lambda tree: jax.device_put(tree, NamedSharding(mesh, PartitionSpec("observations")))  # noqa: E731
+    sample_weight = jnp.linspace(0, 2, 14)
     options = dict(tol=1e-8, max_steps=30)
-    sharded = jaxem.fit(model, spread(data), weights=spread(weights), **options)
-    plain = jaxem.fit(model, data, weights=weights, **options)
+    sharded = jaxem.fit(model, spread(data), sample_weight=spread(sample_weight), **options)
+    plain = jaxem.fit(model, data, sample_weight=sample_weight, **options)
     assert int(sharded.num_steps) == int(plain.num_steps)
     close(sharded, plain, 1e-9)
 
@@ -850,20 +879,24 @@ def test_sequences_spread_over_devices(name):
 def test_blocks_of_sequences_give_what_one_block_gives(name, monkeypatch):
     model, data, *_ = CASES[name]()
     data = lane(data, slice(0, 13))  # so that the last block overlaps
-    weights = jnp.linspace(0, 2, 13)
+    sample_weight = jnp.linspace(0, 2, 13)
 
-    def everything(model, weights):
-        def value(model, weights):
-            statistics, value = model.e_step(data, weights)
+    def everything(model, sample_weight):
+        def value(model, sample_weight):
+            statistics, value = model.e_step(data, sample_weight)
             return value, statistics.sums
 
-        return jax.grad(value, argnums=(0, 1), has_aux=True)(model, weights), model.log_prob(data)
+        return jax.grad(value, argnums=(0, 1), has_aux=True)(model, sample_weight), model.log_prob(
+            data
+        )
 
-    whole = jax.jit(lambda *args: everything(*args))(model, weights)
+    whole = jax.jit(lambda *args: everything(*args))(model, sample_weight)
     jax.clear_caches()
-    monkeypatch.setattr(jaxem._units, "_BUDGET", {jax.default_backend(): 4 * model.width(data)})
-    assert jaxem._units._blocking(13, model.width(data)) == (4, 4)
-    close(jax.jit(lambda *args: everything(*args))(model, weights), whole, 1e-9)
+    monkeypatch.setattr(
+        jaxem._core.blocks, "_BUDGET", {jax.default_backend(): 4 * model.width(data)}
+    )
+    assert jaxem._core.blocks._blocking(13, model.width(data)) == (4, 4)
+    close(jax.jit(lambda *args: everything(*args))(model, sample_weight), whole, 1e-9)
     jax.clear_caches()
 
 
@@ -871,7 +904,7 @@ def test_blocks_of_sequences_give_what_one_block_gives(name, monkeypatch):
 
 
 def test_draws_have_their_frequencies():
-    model = HMM([0.2, 0.8], STAY, jaxem.Poisson([[1.0], [8.0]]))
+    model = HMM([0.2, 0.8], STAY, jaxem.emissions.Poisson([[1.0], [8.0]]))
     x, z = model.sample(KEY, 4000, 3)
     assert x.shape == (4000, 3, 1) and z.shape == (4000, 3)
     for t in range(3):
@@ -923,16 +956,16 @@ def test_criteria_count_steps():
     p, steps = model.num_free_parameters, np.sum(np.asarray(data.present), axis=1)
     assert p == 1 + 2 + 2 * 2 + 2 * 3
     ll = np.asarray(model.log_prob(data))
-    close(jaxem.aic(model, data), -2 * ll.sum() + 2 * p)
-    close(jaxem.bic(model, data), -2 * ll.sum() + p * np.log(steps.sum()))
+    close(jaxem.inference.aic(model, data), -2 * ll.sum() + 2 * p)
+    close(jaxem.inference.bic(model, data), -2 * ll.sum() + p * np.log(steps.sum()))
     w = np.linspace(0, 2, 14)
-    close(jaxem.bic(model, data, weights=w), -2 * w @ ll + p * np.log(w @ steps))
+    close(jaxem.inference.bic(model, data, sample_weight=w), -2 * w @ ll + p * np.log(w @ steps))
     close(
-        jaxem.bic(gaussians(), X[:1]),
+        jaxem.inference.bic(gaussians(), X[:1]),
         -2 * gaussians().log_prob(X[:1])[0] + (1 + 2 + 4 + 2) * np.log(9),
     )
     with pytest.raises(ValueError, match="icl is for mixtures"):
-        jaxem.icl(model, data)
+        jaxem.inference.icl(model, data)
 
 
 # Transformations
@@ -951,7 +984,9 @@ def test_a_second_call_compiles_nothing():
     def everything(i):
         model = gaussians((0.5 + 0.1 * i, 0.5 - 0.1 * i))
         x = X + i
-        prior = model.prior(1.0 + i, model.transition.prior(1.0 + i, float(i)))
+        prior = model.prior(
+            initial=2.0 * i, transition=model.transition.prior(2.0 * i, stay=float(i))
+        )
         return (
             jaxem.fit(model, x, prior=prior, max_steps=5),
             model.log_prob(x),
@@ -960,7 +995,7 @@ def test_a_second_call_compiles_nothing():
             model.sample_paths(jax.random.key(i), x),
             model.forecast(x, 2),
             model.first_impossible(x),
-            HMM.init(jax.random.key(i), x, 2, jaxem.SphericalGaussian),
+            HMM.init(jax.random.key(i), x, 2, jaxem.emissions.SphericalGaussian),
             HMM.from_mixture(jaxem.Mixture([0.5, 0.5], model.emission)),
         )
 
@@ -970,7 +1005,7 @@ def test_a_second_call_compiles_nothing():
 
 def test_mixtures_are_chains_without_memory_and_one_state_is_no_chain():
     """K = 1: the likelihood of independent steps, and a fit in closed form."""
-    model = HMM([1.0], [[1.0]], jaxem.Gaussian([[0.0, 0.0]], np.eye(2)[None]))
+    model = HMM([1.0], [[1.0]], jaxem.emissions.Gaussian([[0.0, 0.0]], np.eye(2)[None]))
     solution = jaxem.fit(model, X)
     rows = SEQUENCES.reshape(-1, 2)
     close(solution.model.emission.mean[0], rows.mean(0))
@@ -997,7 +1032,7 @@ def test_time_runs_in_parallel_where_the_model_says_so():
 def test_a_start_that_follows_the_transitions_says_so():
     model = CASES["hmm-stationary"]().model
     assert "initial=[0.6 0.4],  # stationary" in repr(model)
-    assert "held" in repr(jaxem.freeze(model, "emission.rate"))
+    assert "frozen" in repr(jaxem.freeze(model, "emission.rate"))
 
 
 def test_second_derivatives_of_a_fit():
@@ -1006,7 +1041,9 @@ def test_second_derivatives_of_a_fit():
     direction = jnp.asarray(np.random.default_rng(0).normal(size=(2, len(data))))
 
     def value(t):
-        solution = jaxem.fit(model, data, weights=1 + t @ direction, tol=1e-12, max_steps=5000)
+        solution = jaxem.fit(
+            model, data, sample_weight=1 + t @ direction, tol=1e-12, max_steps=5000
+        )
         return jnp.sum(solution.model.transition.matrix[0] * jnp.array([1.0, -2.0]))
 
     gradient = jax.jit(jax.grad(value))

@@ -66,22 +66,32 @@ def poisson(**options):
 VARIANCE = np.diagonal(FULL, axis1=1, axis2=2)
 # Our emission, the steps, hmmlearn's model, and where it keeps what ours calls so
 KINDS = {
-    "full": (jaxem.Gaussian(MEAN, FULL), POINTS, gaussian("full", FULL), "covariance"),
-    "tied": (jaxem.TiedGaussian(MEAN, FULL[0]), POINTS, gaussian("tied", FULL[0]), "covariance"),
+    "full": (jaxem.emissions.Gaussian(MEAN, FULL), POINTS, gaussian("full", FULL), "covariance"),
+    "tied": (
+        jaxem.emissions.TiedGaussian(MEAN, FULL[0]),
+        POINTS,
+        gaussian("tied", FULL[0]),
+        "covariance",
+    ),
     "diag": (
-        jaxem.DiagonalGaussian(MEAN, VARIANCE),
+        jaxem.emissions.DiagonalGaussian(MEAN, VARIANCE),
         POINTS,
         gaussian("diag", VARIANCE),
         "variance",
     ),
     "spherical": (
-        jaxem.SphericalGaussian(MEAN, VARIANCE[:, 0]),
+        jaxem.emissions.SphericalGaussian(MEAN, VARIANCE[:, 0]),
         POINTS,
         gaussian("spherical", VARIANCE[:, 0]),
         "variance",
     ),
-    "categorical": (jaxem.Categorical(SHARES[:, None]), CODES, categorical, "probability"),
-    "poisson": (jaxem.Poisson(RATE), COUNTS, poisson, "rate"),
+    "categorical": (
+        jaxem.emissions.Categorical(SHARES[:, None]),
+        CODES,
+        categorical,
+        "probability",
+    ),
+    "poisson": (jaxem.emissions.Poisson(RATE), COUNTS, poisson, "rate"),
 }
 CASES = [(kind, which) for kind in KINDS for which in LENGTHS]
 
@@ -155,7 +165,7 @@ def test_same_answers_as_hmmlearn(kind, which):
 def dynamax_gaussian():
     peer = dynamax().GaussianHMM(K, D, transition_matrix_stickiness=2.0)
     start = dict(emission_means=jnp.asarray(MEAN), emission_covariances=jnp.asarray(FULL))
-    model = HMM(INITIAL, MATRIX, jaxem.Gaussian(MEAN, FULL))
+    model = HMM(INITIAL, MATRIX, jaxem.emissions.Gaussian(MEAN, FULL))
     count = (D + 0.1) + D + 2  # ν₀ + d + 2
     emission = model.emission.prior(np.zeros(D), 1e-4, 1e-4 / count * np.eye(D), count)
     return peer, start, model, POINTS, emission
@@ -164,8 +174,8 @@ def dynamax_gaussian():
 def dynamax_categorical():
     peer = dynamax().CategoricalHMM(K, 1, M, transition_matrix_stickiness=2.0)
     start = dict(emission_probs=jnp.asarray(SHARES[:, None]))
-    model = HMM(INITIAL, MATRIX, jaxem.Categorical(SHARES[:, None]))
-    return peer, start, model, CODES, model.emission.prior(1.1)
+    model = HMM(INITIAL, MATRIX, jaxem.emissions.Categorical(SHARES[:, None]))
+    return peer, start, model, CODES, model.emission.prior(0.1 * M, probability=1 / M)
 
 
 @pytest.mark.filterwarnings("ignore:shape requires ndarray:DeprecationWarning")  # TFP's own
@@ -176,7 +186,9 @@ def test_same_steps_and_answers_as_dynamax(make):
         initial_probs=jnp.asarray(INITIAL), transition_matrix=jnp.asarray(MATRIX), **start
     )
     batch = jnp.asarray(x).reshape(3, 20, -1)
-    prior = model.prior(1.1, model.transition.prior(1.1, sticky=2.0), emission)
+    prior = model.prior(
+        initial=0.1 * K, transition=model.transition.prior(0.1 * K, stay=2.0), emission=emission
+    )
     ours = jaxem.fit(model, batch, prior=prior, tol=0.0, max_steps=STEPS)
     theirs, objectives = peer.fit_em(params, props, batch, num_iters=STEPS, verbose=False)
     # Theirs includes the normaliser of the prior.

@@ -9,8 +9,9 @@ import pytest
 from scipy import optimize, stats
 
 import jaxem
-from jaxem import HSMM, CategoricalDuration, NegativeBinomialDuration, PoissonDuration
-from jaxem._newton import maximize_by_newton
+from jaxem import HSMM
+from jaxem._core.newton import maximize_by_newton
+from jaxem.factors import CategoricalDuration, NegativeBinomialDuration, PoissonDuration
 
 INITIAL = np.array([0.7, 0.3, 0.0])
 MATRIX = np.array([[0.0, 0.4, 0.6], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0]])
@@ -26,7 +27,7 @@ FAMILIES = {
 
 def model_of(duration, k=3):
     matrix = MATRIX if k == 3 else TWO
-    return HSMM(np.full(k, 1 / k), matrix, duration, jaxem.Poisson(RATES[:k]))
+    return HSMM(np.full(k, 1 / k), matrix, duration, jaxem.emissions.Poisson(RATES[:k]))
 
 
 def segmentations(steps, longest, states):
@@ -70,7 +71,7 @@ def test_all_segmentations_of_a_short_sequence(steps):
     x = np.random.default_rng(steps).poisson(3.0, (1, steps, 1))
     seen = np.arange(steps) != 3
     data = jaxem.Sequences(x, observed=seen[None])
-    model = HSMM(INITIAL, MATRIX, CategoricalDuration(LASTS), jaxem.Poisson(RATES))
+    model = HSMM(INITIAL, MATRIX, CategoricalDuration(LASTS), jaxem.emissions.Poisson(RATES))
     log_b = stats.poisson.logpmf(x[0], RATES.T) * seen[:, None]
     value, states, first, moved, lasted, path, of_path = enumerated(INITIAL, MATRIX, LASTS, log_b)
     statistics, log_likelihood = model.e_step(data)
@@ -87,7 +88,7 @@ def test_all_segmentations_of_a_short_sequence(steps):
 def test_hard_posterior_is_the_best_path_and_its_objective_never_falls():
     x, _ = model_of(PoissonDuration([1.0, 2.0, 3.0], 6)).sample(jax.random.key(0), 8, 12)
     model = model_of(CategoricalDuration(np.full((3, 6), 1 / 6)))
-    statistics, value = model.e_step(x, posterior=jaxem.Hard())
+    statistics, value = model.e_step(x, posterior=jaxem.em.Hard())
     paths, of_paths = model.viterbi(x)
     np.testing.assert_allclose(value, of_paths.sum(), rtol=1e-13)
     first, moved, lasted, _ = statistics.sums
@@ -100,24 +101,82 @@ def test_hard_posterior_is_the_best_path_and_its_objective_never_falls():
         expected[z, seen - 1 :] += 1 / (6 - seen + 1)
     np.testing.assert_allclose(lasted, expected, atol=1e-12)
     np.testing.assert_allclose(np.sum(moved), sum(len(run) - 1 for run in runs), rtol=1e-12)
-    solution = jaxem.fit(model, x, jaxem.EM(jaxem.Hard()), max_steps=30)
+    solution = jaxem.fit(model, x, jaxem.EM(jaxem.em.Hard()), max_steps=30)
     history = solution.history[: solution.num_steps + 1]
     assert np.all(np.diff(history) > -1e-9)
     assert history[-1] > history[0] + 1
-    with pytest.raises(ValueError, match=r"takes the posteriors Exact\(\) and Hard\(\)"):
-        model.e_step(x, posterior=jaxem._posterior._OneDraw())
+
+
+def test_tempered_segmentations_are_powers_of_all_of_them():
+    """log p(x, z, d) counts 1/T times, d with what the last segment lasts beyond the end."""
+    steps, temperature = 5, 2.5
+    x = np.random.default_rng(5).poisson(3.0, (1, steps, 1))
+    model = HSMM(INITIAL, MATRIX, CategoricalDuration(LASTS), jaxem.emissions.Poisson(RATES))
+    log_b = stats.poisson.logpmf(x[0], RATES.T) / temperature
+    powered = (part ** (1 / temperature) for part in (INITIAL, MATRIX, LASTS))
+    value, states, *counts, _, _ = enumerated(*powered, log_b)
+    statistics, found = model.e_step(x, posterior=jaxem.em.Tempered(temperature))
+    np.testing.assert_allclose(found, temperature * value, rtol=1e-12)
+    for sums, expected in zip(statistics.sums[:3], counts, strict=True):
+        np.testing.assert_allclose(sums, expected, atol=1e-12)
+    np.testing.assert_allclose(statistics.sums[3].count, states.sum(0)[:, None], rtol=1e-10)
+    exact, of_one = model.e_step(x), model.e_step(x, posterior=jaxem.em.Tempered(1.0))
+    for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(of_one), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_draws_have_the_expected_counts_on_average():
+    x = jnp.asarray(np.random.default_rng(6).poisson(3.0, (1, 7, 1)))
+    data = jaxem.Sequences(jnp.repeat(x, 4000, axis=0), jnp.tile(jnp.array([7, 5]), 2000))
+    model = HSMM(INITIAL, MATRIX, CategoricalDuration(LASTS), jaxem.emissions.Poisson(RATES))
+    expected, value = model.e_step(data)
+    drawn, same = model.e_step(data, posterior=jaxem.em.Drawn(), key=jax.random.key(0))
+    np.testing.assert_allclose(same, value, rtol=1e-12)
+    for a, b in zip(drawn.sums[:3], expected.sums[:3], strict=True):
+        np.testing.assert_allclose(a, b, atol=5 * np.sqrt(4000))
+        np.testing.assert_array_equal(a, np.round(a))
+    first, moved, lasted, _ = drawn.sums
+    np.testing.assert_allclose([first.sum(), lasted.sum()], [4000, 4000 + moved.sum()])
+    paths = model.sample_paths(jax.random.key(1), data)
+    shares = jax.nn.one_hot(paths, 3)[::2].mean(0)
+    np.testing.assert_allclose(shares, model.responsibilities(data)[0], atol=0.06)
+    with pytest.raises(ValueError, match="give e_step"):
+        model.e_step(data, posterior=jaxem.em.Drawn())
+
+
+def test_draws_of_what_the_model_cannot_have_made_count_nothing():
+    emission = jaxem.emissions.Exponential([[20.0], [100.0]])
+    model = HSMM([0.5, 0.5], TWO, PoissonDuration([1.0, 3.0], 5), emission)
+    x = jnp.full((1, 4, 1), 0.1).at[0, 2].set(1e308)
+    statistics, value = model.e_step(x, posterior=jaxem.em.Drawn(), key=jax.random.key(0))
+    assert value == -jnp.inf
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(statistics))
+    assert np.all(model.sample_paths(jax.random.key(0), x) == -1)
+    assert model.first_impossible(x).tolist() == [2]
+
+
+def test_fits_by_draws_and_at_a_temperature():
+    x, _ = model_of(PoissonDuration([1.0, 2.0, 3.0], 6)).sample(jax.random.key(0), 12, 15)
+    model = model_of(PoissonDuration([2.0, 2.0, 2.0], 6))
+    options = dict(max_steps=60, throw=False)
+    drawn = jaxem.fit(model, x, jaxem.EM(jaxem.em.Sampled()), key=jax.random.key(1), **options)
+    assert drawn.log_likelihood > model.e_step(x)[1] + 1
+    warm = jaxem.fit(model, x, jaxem.EM(jaxem.em.Tempered(1.5)), **options)
+    history = warm.history[: warm.num_steps + 1]
+    assert np.all(np.diff(history) > -1e-9)
+    assert history[-1] > history[0] + 1
 
 
 def test_geometric_durations_make_a_hidden_markov_model():
     stay, steps = np.array([0.7, 0.4, 0.9]), 12
     chain = np.diag(stay) + (1 - stay)[:, None] * MATRIX
-    hmm = jaxem.HMM(INITIAL, chain, jaxem.Poisson(RATES))
+    hmm = jaxem.HMM(INITIAL, chain, jaxem.emissions.Poisson(RATES))
     x, _ = hmm.sample(jax.random.key(0), 5, steps)
     data = jaxem.Sequences(x, [12, 7, 1, 10, 3])
     # what lasts longer than any sequence is one duration
     lasts = (1 - stay)[:, None] * stay[:, None] ** np.arange(steps)
     lasts[:, -1] = stay ** (steps - 1)
-    model = HSMM(INITIAL, MATRIX, CategoricalDuration(lasts), jaxem.Poisson(RATES))
+    model = HSMM(INITIAL, MATRIX, CategoricalDuration(lasts), jaxem.emissions.Poisson(RATES))
     np.testing.assert_allclose(model.log_prob(data), hmm.log_prob(data), rtol=1e-13)
     np.testing.assert_allclose(model.responsibilities(data), hmm.responsibilities(data), atol=1e-13)
     for ours, theirs in zip(model.viterbi(data), hmm.viterbi(data), strict=True):
@@ -135,7 +194,7 @@ def test_laws_hold(family):
     lengths = np.tile([9, 6, 8, 4, 9, 7, 2], 2)
     observed = np.random.default_rng(0).random((14, 9)) < 0.9
     data = jaxem.Sequences(x, lengths, observed=observed)
-    report = jaxem.check_model(model_of(FAMILIES[family](2), 2), data)
+    report = jaxem.testing.check_model(model_of(FAMILIES[family](2), 2), data)
     assert {verdict.verdict for verdict in report} == {"holds"}, f"\n{report}"
 
 
@@ -164,24 +223,29 @@ def test_sequences_of_different_lengths_are_what_each_is_alone():
 
 
 def test_a_sequence_of_weight_zero_is_absent_whatever_it_holds():
-    emission = jaxem.Exponential([[20.0], [100.0]])
+    emission = jaxem.emissions.Exponential([[20.0], [100.0]])
     model = HSMM([0.5, 0.5], TWO, PoissonDuration([1.0, 3.0], 5), emission)
     x, _ = model.sample(jax.random.key(3), 5, 8)
     spoilt = x.at[1].set(jnp.nan).at[4].set(1e308)  # whose likelihood is zero
-    weights = jnp.array([1.0, 0.0, 2.0, 0.5, 0.0])
+    sample_weight = jnp.array([1.0, 0.0, 2.0, 0.5, 0.0])
     some = jnp.array([0, 2, 3])
-    found, expected = model.e_step(spoilt, weights), model.e_step(x[some], weights[some])
+    found, expected = (
+        model.e_step(spoilt, sample_weight),
+        model.e_step(x[some], sample_weight[some]),
+    )
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
-    score = jax.grad(lambda m, w: m.e_step(spoilt, w)[1], argnums=(0, 1))(model, weights)
+    score = jax.grad(lambda m, w: m.e_step(spoilt, w)[1], argnums=(0, 1))(model, sample_weight)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(score))
     assert model.in_support(spoilt).tolist() == [True, False, True, True, False]
-    solution = jaxem.fit(model, spoilt, weights=weights, max_steps=3)
+    solution = jaxem.fit(model, spoilt, sample_weight=sample_weight, max_steps=3)
     assert np.isfinite(solution.objective)
 
 
 def test_zeros_of_the_model_have_finite_derivatives():
-    model = HSMM(INITIAL, MATRIX, CategoricalDuration(LASTS), jaxem.Categorical(np.eye(3)[:, None]))
+    model = HSMM(
+        INITIAL, MATRIX, CategoricalDuration(LASTS), jaxem.emissions.Categorical(np.eye(3)[:, None])
+    )
     # state 2 cannot come first nor follow state 1, which cannot last 2 steps: zeros that are
     # floored, except for those of transitions
     x = jnp.array([[0, 0, 2, 2, 1], [2, 2, 2, 0, 0], [0, 1, 1, 2, 2]])[..., None]
@@ -189,9 +253,9 @@ def test_zeros_of_the_model_have_finite_derivatives():
     assert log_prob[0] > -10
     assert np.all(log_prob[1:] < -600)
     assert np.all(np.isfinite(log_prob))
-    for weights in (jnp.array([1.0, 0.0, 0.0]), jnp.ones(3)):
+    for sample_weight in (jnp.array([1.0, 0.0, 0.0]), jnp.ones(3)):
         (sums, _), score = jax.value_and_grad(
-            lambda m, w=weights: m.e_step(x, w)[::-1], has_aux=True
+            lambda m, w=sample_weight: m.e_step(x, w)[::-1], has_aux=True
         )(model)
         assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((sums, score)))
         assert score.transition.logits[1, 2] == 0
@@ -201,7 +265,7 @@ def test_data_that_surprise_have_finite_statistics_and_derivatives():
     rates = 10.0 ** np.random.default_rng(0).uniform(-3, 5, (2, 300, 1))
     x = jnp.asarray(np.random.default_rng(1).poisson(rates))
     duration = NegativeBinomialDuration([1e-3, 1e3, 1.0], [1e-3, 1e3, 1.0], 30)
-    emission = jaxem.Poisson([[1e-3], [1.0], [1e3]])
+    emission = jaxem.emissions.Poisson([[1e-3], [1.0], [1e3]])
     model = HSMM([1.0, 0.0, 0.0], np.roll(np.eye(3), 1, axis=1), duration, emission)
 
     @jax.jit
@@ -217,7 +281,7 @@ def test_data_that_surprise_have_finite_statistics_and_derivatives():
         assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((value, score)))
         np.testing.assert_allclose(jnp.sum(first), 2, rtol=1e-5)
         np.testing.assert_allclose(jnp.sum(lasted), jnp.sum(moved) + 2, rtol=1e-5)
-        np.testing.assert_allclose(jnp.sum(emitted.units), 600, rtol=1e-5)
+        np.testing.assert_allclose(jnp.sum(emitted.count), 600, rtol=1e-5)
         if precision == jnp.float64:
             assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(change))
 
@@ -229,7 +293,7 @@ def test_durations_are_recovered_from_data(family):
         "poisson": PoissonDuration([2.0, 6.0], 20),
         "negative binomial": NegativeBinomialDuration([4.0, 2.0], [2.0, 5.0], 20),
     }[family]
-    emission = jaxem.SphericalGaussian([[0.0], [2.0]], [0.3, 0.3])
+    emission = jaxem.emissions.SphericalGaussian([[0.0], [2.0]], [0.3, 0.3])
     model = HSMM([0.5, 0.5], TWO, truth, emission)
     x, z = jax.jit(lambda key: model.sample(key, 40, 300))(jax.random.key(4))
     longest = truth.max_duration
@@ -238,7 +302,7 @@ def test_durations_are_recovered_from_data(family):
         "poisson": PoissonDuration([4.0, 4.0], longest),
         "negative binomial": NegativeBinomialDuration([3.0, 3.0], [1.0, 1.0], longest),
     }[family]
-    blurred = jaxem.SphericalGaussian([[0.5], [1.5]], [1.0, 1.0])
+    blurred = jaxem.emissions.SphericalGaussian([[0.5], [1.5]], [1.0, 1.0])
     solution = jaxem.fit(HSMM([0.5, 0.5], TWO, start, blurred), x, tol=1e-7)
     assert solution.result == jaxem.RESULTS.converged
     found = solution.model.duration
@@ -254,12 +318,14 @@ def test_implicit_derivatives_are_those_of_finite_differences(family):
     truth = model_of(PoissonDuration([1.0, 3.0], 6), 2)
     data, _ = truth.sample(jax.random.key(5), 10, 12)
     model, direction = model_of(FAMILIES[family](2), 2), jnp.sin(jnp.arange(10.0))
-    prior = model.prior(duration=model.duration.prior(0.5))
+    prior = model.prior(duration=jaxem.authoring.Framed(jnp.full((2, 6), 0.5), model.duration))
 
     @jax.jit
     def fitted(change):
-        weights = 1 + change * direction
-        found = jaxem.fit(model, data, weights=weights, prior=prior, tol=1e-14, max_steps=3000)
+        sample_weight = 1 + change * direction
+        found = jaxem.fit(
+            model, data, sample_weight=sample_weight, prior=prior, tol=1e-14, max_steps=3000
+        )
         return (
             jnp.sum(jnp.cos(found.model.duration.log_prob())) + found.model.transition.matrix[0, 1]
         )
@@ -273,7 +339,7 @@ def test_implicit_derivatives_are_those_of_finite_differences(family):
 
 
 def test_gradient_of_the_log_likelihood_is_that_of_finite_differences():
-    emission = jaxem.SphericalGaussian([[0.0], [1.5], [4.0]], [0.5, 1.0, 0.7])
+    emission = jaxem.emissions.SphericalGaussian([[0.0], [1.5], [4.0]], [0.5, 1.0, 0.7])
     model = HSMM(
         INITIAL, MATRIX, NegativeBinomialDuration([1.0, 2.0, 3.0], [1.0, 2.0, 0.5], 4), emission
     )
@@ -296,7 +362,7 @@ def test_fits_run_under_jit_and_vmap():
     start = PoissonDuration([2.0, 2.0, 2.0], 8)
 
     def run(key):
-        model = HSMM.init(key, x, jaxem.Poisson, start)
+        model = HSMM.init(key, x, jaxem.emissions.Poisson, start)
         return jaxem.fit(model, x, max_steps=20, throw=False)
 
     keys = jax.random.split(jax.random.key(9), 3)
@@ -334,7 +400,7 @@ def test_duration_laws_are_truncated_ones_of_scipy():
         p = p / p.sum(axis=1, keepdims=True)
         np.testing.assert_allclose(jnp.exp(duration.log_prob()), p, atol=1e-11)
         np.testing.assert_allclose(duration.mean_duration, p @ (steps + 1), rtol=1e-10)
-    np.testing.assert_allclose(NegativeBinomialDuration(mean, size, 12).size, size)
+    np.testing.assert_allclose(NegativeBinomialDuration(mean, size, 12).concentration, size)
     drawn = PoissonDuration(mean, 12).sample(jax.random.key(0), jnp.zeros(20000, int))
     assert drawn.min() == 1
     np.testing.assert_allclose(
@@ -349,12 +415,12 @@ def test_m_step_of_durations_is_the_maximum(family):
     counts = np.stack([np.bincount(d, minlength=7)[1:7] for d in drawn]) + 0.25
     counts = jnp.concatenate([jnp.asarray(counts), jnp.zeros((1, 6))])
     start = FAMILIES[family](3)
-    found = jax.jit(type(start).maximize)(start, counts)
+    found = jax.jit(type(start).m_step)(start, counts)
     slope = jax.grad(lambda d: d.expected_log_prob(counts))(found)
     for leaf, before, after in zip(*map(jax.tree.leaves, (slope, start, found)), strict=True):
         np.testing.assert_allclose(leaf, 0, atol=1e-9)
         np.testing.assert_array_equal(before[2], after[2])  # nothing was counted
-    by_start = jax.grad(lambda d: sum(map(jnp.sum, jax.tree.leaves(d.maximize(counts)))))(start)
+    by_start = jax.grad(lambda d: sum(map(jnp.sum, jax.tree.leaves(d.m_step(counts)))))(start)
     for leaf in jax.tree.leaves(by_start):
         np.testing.assert_allclose(leaf[:2], 0, atol=1e-12)
         np.testing.assert_allclose(leaf[2], 1)
@@ -379,7 +445,7 @@ def test_extreme_counts_do_not_break_the_m_step(family):
     eye = np.eye(6)
     start = FAMILIES[family](4)
     counts = jnp.asarray(np.stack([eye[0], 50 * eye[5], eye[0] + eye[5], 1e-30 * eye[2]]))
-    step = jax.jit(lambda d: (d.maximize(counts), jax.jacobian(d.maximize)(counts)))
+    step = jax.jit(lambda d: (d.m_step(counts), jax.jacobian(d.m_step)(counts)))
     found, slope = step(start)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((found, slope)))
     of_each = jnp.sum(counts * found.log_prob(), axis=1) / jnp.sum(counts, axis=1)
@@ -387,9 +453,9 @@ def test_extreme_counts_do_not_break_the_m_step(family):
     again, _ = step(found)
     assert again.expected_log_prob(counts) >= found.expected_log_prob(counts) - 1e-12
     one = FAMILIES[family](2)
-    one = jaxem.models.hsmm.replace(one, max_duration=1)
+    one = jaxem._core.parameters.replace(one, max_duration=1)
     assert (
-        jax.tree.leaves(one.maximize(jnp.ones((2, 1))))[0].tolist()
+        jax.tree.leaves(one.m_step(jnp.ones((2, 1))))[0].tolist()
         == jax.tree.leaves(one)[0].tolist()
     )
 
@@ -397,21 +463,25 @@ def test_extreme_counts_do_not_break_the_m_step(family):
 def test_held_parameters_of_durations_stay_and_the_others_maximise():
     start = NegativeBinomialDuration([2.0, 3.0], [1.5, 4.0], 6)
     counts = jnp.asarray(np.random.default_rng(1).random((2, 6)))
-    held = jaxem.freeze(start, "size")
+    frozen = jaxem.freeze(start, "concentration")
 
-    def mean_for(log_size):
-        module = jaxem.models.hsmm.replace(held, log_size=log_size)
-        return module.maximize(counts).log_mean
+    def mean_for(log_concentration):
+        module = jaxem._core.parameters.replace(frozen, log_concentration=log_concentration)
+        return module.m_step(counts).log_mean
 
-    found = held.maximize(counts)
-    np.testing.assert_array_equal(found.log_size, start.log_size)
+    found = frozen.m_step(counts)
+    np.testing.assert_array_equal(found.log_concentration, start.log_concentration)
     slope = jax.grad(lambda d: d.expected_log_prob(counts))(found)
     np.testing.assert_allclose(slope.log_mean, 0, atol=1e-12)
     step = jnp.array([1e-4, 0.0])
-    expected = (mean_for(held.log_size + step) - mean_for(held.log_size - step))[0] / 2e-4
-    np.testing.assert_allclose(jax.jacobian(mean_for)(held.log_size)[0, 0], expected, rtol=1e-6)
-    assert (held.num_free_parameters, start.num_free_parameters) == (2, 4)
-    some = jaxem.freeze(start, "mean", mask=[True, False]).maximize(counts)
+    expected = (
+        mean_for(frozen.log_concentration + step) - mean_for(frozen.log_concentration - step)
+    )[0] / 2e-4
+    np.testing.assert_allclose(
+        jax.jacobian(mean_for)(frozen.log_concentration)[0, 0], expected, rtol=1e-6
+    )
+    assert (frozen.num_free_parameters, start.num_free_parameters) == (2, 4)
+    some = jaxem.freeze(start, "mean", mask=[True, False]).m_step(counts)
     assert some.log_mean[0] == start.log_mean[0]
     assert some.log_mean[1] != start.log_mean[1]
 
@@ -419,8 +489,8 @@ def test_held_parameters_of_durations_stay_and_the_others_maximise():
 def test_priors_are_segments_seen_before():
     model = model_of(PoissonDuration([1.0, 2.0, 3.0], 4))
     x, _ = model.sample(jax.random.key(11), 4, 8)
-    seen = np.array([0.0, 0.0, 5.0, 0.0])
-    prior = model.prior(initial=2.0, duration=model.duration.prior(seen))
+    seen = 5 * np.exp(PoissonDuration([2.0] * 3, 4).log_prob())
+    prior = model.prior(initial=3.0, duration=model.duration.prior(5.0, rate=2.0))
     statistics, _ = model.e_step(x)
     both = statistics + prior
     np.testing.assert_allclose(both.sums[2], statistics.sums[2] + seen)
@@ -451,9 +521,9 @@ def test_newton_climbs_where_the_function_is_not_concave_and_stays_in_its_box():
     bounded = jax.jit(lambda a: maximize_by_newton(bump, start, a, lower=jnp.array([3.0, -9.0])))
     np.testing.assert_allclose(bounded(goal), [3.0, -2.0], atol=1e-9)
     np.testing.assert_allclose(jax.jacobian(bounded)(goal), [[0, 0], [0, 1]], atol=1e-9)
-    held = lambda s: maximize_by_newton(bump, s, goal, free=jnp.array([True, False]))  # noqa: E731
-    np.testing.assert_allclose(held(start), [1.0, 5.0], atol=1e-9)
-    np.testing.assert_allclose(jax.jacobian(held)(start), [[0, 0], [0, 1]], atol=1e-9)
+    frozen = lambda s: maximize_by_newton(bump, s, goal, free=jnp.array([True, False]))  # noqa: E731
+    np.testing.assert_allclose(frozen(start), [1.0, 5.0], atol=1e-9)
+    np.testing.assert_allclose(jax.jacobian(frozen)(start), [[0, 0], [0, 1]], atol=1e-9)
     flat = maximize_by_newton(lambda theta, a: a * theta[0], jnp.array([2.0]), jnp.array(0.0))
     assert flat.tolist() == [2.0]
     stopped = maximize_by_newton(bump, start, goal, max_steps=2)
@@ -471,39 +541,46 @@ def test_newton_climbs_where_the_function_is_not_concave_and_stays_in_its_box():
         (lambda: PoissonDuration([1.0, 2.0], 3.0), "max_duration must be a whole number"),
         (lambda: PoissonDuration([1.0, -2.0], 3), "rate must be finite and not negative"),
         (lambda: PoissonDuration([[1.0]], 3), "rate has shape"),
-        (lambda: NegativeBinomialDuration([1.0], [1.0, 2.0], 3), "size has shape"),
+        (lambda: NegativeBinomialDuration([1.0], [1.0, 2.0], 3), "concentration has shape"),
         (lambda: CategoricalDuration([0.5, 0.5]), "probability has shape"),
         (lambda: CategoricalDuration([[0.5, 0.4]]), "sum to 1"),
-        (lambda: CategoricalDuration([[0.5, 0.5]]).prior(-1.0), "counts must not be negative"),
+        (lambda: CategoricalDuration([[0.5, 0.5]]).prior(-1.0), "count must not be negative"),
         (
-            lambda: HSMM([0.5, 0.5], TWO, np.ones((2, 3)) / 3, jaxem.Poisson(RATES[:2])),
+            lambda: HSMM([0.5, 0.5], TWO, np.ones((2, 3)) / 3, jaxem.emissions.Poisson(RATES[:2])),
             "the duration must be one such as PoissonDuration",
         ),
         (
             lambda: HSMM(
-                [0.5, 0.5], [[0.1, 0.9], [1, 0]], FAMILIES["poisson"](2), jaxem.Poisson(RATES[:2])
+                [0.5, 0.5],
+                [[0.1, 0.9], [1, 0]],
+                FAMILIES["poisson"](2),
+                jaxem.emissions.Poisson(RATES[:2]),
             ),
             "cannot follow itself",
         ),
         (
             lambda: HSMM(
                 [0.5, 0.5],
-                jaxem.Transition(TWO, np.ones((2, 2), bool)),
+                jaxem.factors.Transition(TWO, np.ones((2, 2), bool)),
                 FAMILIES["poisson"](2),
-                jaxem.Poisson(RATES[:2]),
+                jaxem.emissions.Poisson(RATES[:2]),
             ),
             "cannot follow itself",
         ),
         (
-            lambda: HSMM([0.5, 0.5], MATRIX, FAMILIES["poisson"](2), jaxem.Poisson(RATES[:2])),
+            lambda: HSMM(
+                [0.5, 0.5], MATRIX, FAMILIES["poisson"](2), jaxem.emissions.Poisson(RATES[:2])
+            ),
             "transition matrix has shape",
         ),
         (
-            lambda: HSMM([1.0], [[0.0]], FAMILIES["poisson"](1), jaxem.Poisson(RATES[:1])),
+            lambda: HSMM(
+                [1.0], [[0.0]], FAMILIES["poisson"](1), jaxem.emissions.Poisson(RATES[:1])
+            ),
             "two states",
         ),
         (
-            lambda: HSMM([1.0], TWO, FAMILIES["poisson"](2), jaxem.Poisson(RATES[:2])),
+            lambda: HSMM([1.0], TWO, FAMILIES["poisson"](2), jaxem.emissions.Poisson(RATES[:2])),
             "initial has shape",
         ),
         (

@@ -1,4 +1,4 @@
-"""Starts: k-means++ in the family's own deviance, random units, responsibilities."""
+"""Starts: k-means++ in the family's own deviance, random observations, responsibilities."""
 
 import functools
 
@@ -13,23 +13,23 @@ import jaxem
 
 P = jnp.asarray(POINTS)
 MIXED = functools.partial(
-    jaxem.Independent,
+    jaxem.emissions.Independent,
     families=(
-        jaxem.Gaussian,
-        jaxem.Poisson,
-        functools.partial(jaxem.Categorical, num_categories=3),
+        jaxem.emissions.Gaussian,
+        jaxem.emissions.Poisson,
+        functools.partial(jaxem.emissions.Categorical, num_categories=3),
     ),
 )
 FAMILIES = {
-    "gaussian": (jaxem.Gaussian, POINTS),
-    "tied": (jaxem.TiedGaussian, POINTS),
-    "diagonal": (jaxem.DiagonalGaussian, POINTS),
-    "spherical-tied": (functools.partial(jaxem.SphericalGaussian, tied=True), POINTS),
-    "bernoulli": (jaxem.Bernoulli, BITS),
-    "categorical": (functools.partial(jaxem.Categorical, num_categories=3), CODES),
-    "multinomial": (jaxem.Multinomial, TALLIES),
-    "poisson": (jaxem.Poisson, COUNTS),
-    "exponential": (jaxem.Exponential, DURATIONS),
+    "gaussian": (jaxem.emissions.Gaussian, POINTS),
+    "tied": (jaxem.emissions.TiedGaussian, POINTS),
+    "diagonal": (jaxem.emissions.DiagonalGaussian, POINTS),
+    "spherical-tied": (functools.partial(jaxem.emissions.SphericalGaussian, tied=True), POINTS),
+    "bernoulli": (jaxem.emissions.Bernoulli, BITS),
+    "categorical": (functools.partial(jaxem.emissions.Categorical, num_categories=3), CODES),
+    "multinomial": (jaxem.emissions.Multinomial, TALLIES),
+    "poisson": (jaxem.emissions.Poisson, COUNTS),
+    "exponential": (jaxem.emissions.Exponential, DURATIONS),
     "mixed": (MIXED, (POINTS, COUNTS, CODES)),
 }
 # Four tight, well separated groups of very different sizes, in two dimensions.
@@ -39,9 +39,9 @@ CORNERED = jnp.asarray(CORNERS[GROUP] + np.random.default_rng(2).normal(size=(92
 
 
 @functools.partial(jax.jit, static_argnames=("family", "k", "method"))
-def starts(keys, data, family, k, weights=None, method="k-means++"):
+def starts(keys, data, family, k, sample_weight=None, method="k-means++"):
     def one(key):
-        return jaxem.Mixture.init(key, data, k, family, weights=weights, method=method)
+        return jaxem.Mixture.init(key, data, k, family, sample_weight=sample_weight, method=method)
 
     return jax.vmap(one)(keys)
 
@@ -68,7 +68,7 @@ def test_a_start_is_a_model_under_which_all_data_are_possible(name, method):
 def test_k_means_plus_plus_finds_groups_that_random_units_miss():
     def found(method):
         means = starts(
-            keys(40), CORNERED, jaxem.SphericalGaussian, 4, method=method
+            keys(40), CORNERED, jaxem.emissions.SphericalGaussian, 4, method=method
         ).components.mean
         nearest = np.argmin(np.linalg.norm(means[:, :, None] - CORNERS, axis=-1), axis=-1)
         return np.mean([len(set(row)) == 4 for row in nearest])
@@ -78,32 +78,32 @@ def test_k_means_plus_plus_finds_groups_that_random_units_miss():
 
 
 def test_seeds_are_units_and_distinct():
-    means = starts(keys(10), P, jaxem.Gaussian, 5).components.mean
+    means = starts(keys(10), P, jaxem.emissions.Gaussian, 5).components.mean
     for lane in np.asarray(means):
         rows = [int(np.flatnonzero(np.all(POINTS == mean, axis=1))[0]) for mean in lane]
         assert len(set(rows)) == 5
 
 
 def test_the_scale_of_a_start_is_that_of_what_lies_around_the_seeds():
-    starts4 = starts(keys(20), CORNERED, jaxem.SphericalGaussian, 4)
+    starts4 = starts(keys(20), CORNERED, jaxem.emissions.SphericalGaussian, 4)
     scale = np.sqrt(np.median(starts4.components.variance))
     assert 0.3 < scale < 4  # the groups have 1, all data together about 20
 
 
 def test_duplicates_and_data_that_are_all_equal():
     few = jnp.asarray(np.repeat([[0.0, 1.0], [5.0, 2.0]], 10, axis=0))
-    means = np.asarray(starts(keys(20), few, jaxem.Gaussian, 2).components.mean)
+    means = np.asarray(starts(keys(20), few, jaxem.emissions.Gaussian, 2).components.mean)
     assert np.all(np.sort(means[:, :, 0], axis=1) == [0.0, 5.0])  # never twice the same point
     for k in (2, 4):
         for data in (few, jnp.ones((20, 2))):
-            batch = starts(keys(4), data, jaxem.Gaussian, k)
+            batch = starts(keys(4), data, jaxem.emissions.Gaussian, k)
             for leaf in jax.tree.leaves(batch):
                 assert np.all(np.isfinite(leaf))
 
 
 def test_as_many_components_as_units():
     few = P[:5]
-    means = np.asarray(starts(keys(3), few, jaxem.SphericalGaussian, 5).components.mean)
+    means = np.asarray(starts(keys(3), few, jaxem.emissions.SphericalGaussian, 5).components.mean)
     for lane in means:
         np.testing.assert_array_equal(lane[np.argsort(lane[:, 0])], few[np.argsort(few[:, 0])])
 
@@ -112,7 +112,7 @@ def test_as_many_components_as_units():
 @pytest.mark.parametrize("name", ["gaussian", "poisson", "mixed"])
 def test_units_of_weight_zero_are_absent_whatever_they_hold(name, method):
     family, data = FAMILIES[name]
-    weights = jnp.ones(N).at[jnp.arange(10)].set(0)
+    sample_weight = jnp.ones(N).at[jnp.arange(10)].set(0)
 
     def spoil(leaf):
         leaf = jnp.asarray(leaf)
@@ -120,8 +120,8 @@ def test_units_of_weight_zero_are_absent_whatever_they_hold(name, method):
         return leaf.at[:10].set(bad)
 
     data = jax.tree.map(jnp.asarray, data)
-    batch = starts(keys(20), jax.tree.map(spoil, data), family, 3, weights, method)
-    clean = starts(keys(20), data, family, 3, weights, method)
+    batch = starts(keys(20), jax.tree.map(spoil, data), family, 3, sample_weight, method)
+    clean = starts(keys(20), data, family, 3, sample_weight, method)
     for ours, theirs in zip(jax.tree.leaves(batch), jax.tree.leaves(clean), strict=True):
         assert np.all(np.isfinite(ours))
         np.testing.assert_allclose(ours, theirs, rtol=1e-12)
@@ -134,14 +134,16 @@ def test_units_of_weight_zero_are_absent_whatever_they_hold(name, method):
 
 @pytest.mark.parametrize("method", ["k-means++", "random"])
 def test_weights_draw_the_first_seed(method):
-    weights = jnp.ones(N).at[7].set(1000.0 * N)
-    means = np.asarray(starts(keys(30), P, jaxem.Gaussian, 1, weights, method).components.mean)
+    sample_weight = jnp.ones(N).at[7].set(1000.0 * N)
+    means = np.asarray(
+        starts(keys(30), P, jaxem.emissions.Gaussian, 1, sample_weight, method).components.mean
+    )
     assert np.mean(np.all(means[:, 0] == POINTS[7], axis=1)) > 0.9
 
 
 def test_random_seeds_without_weight_are_uniform():
     means = np.asarray(
-        starts(keys(2000), P[:4], jaxem.Gaussian, 1, method="random").components.mean
+        starts(keys(2000), P[:4], jaxem.emissions.Gaussian, 1, method="random").components.mean
     )
     counts = [np.sum(np.all(means[:, 0] == point, axis=1)) for point in POINTS[:4]]
     assert sum(counts) == 2000
@@ -151,7 +153,7 @@ def test_random_seeds_without_weight_are_uniform():
 def test_from_responsibilities_is_the_m_step():
     model, data, *_ = CASES["gaussian"]()
     r = model.responsibilities(data)
-    start = jaxem.Mixture.from_responsibilities(data, r, jaxem.Gaussian)
+    start = jaxem.Mixture.from_responsibilities(data, r, jaxem.emissions.Gaussian)
     step = model.m_step(model.e_step(data)[0])
     np.testing.assert_allclose(start.weights, step.weights, rtol=1e-12)
     np.testing.assert_allclose(start.components.mean, step.components.mean, rtol=1e-10)
@@ -162,7 +164,10 @@ def test_labels_are_one_hot_responsibilities_and_weights_count():
     labels = np.arange(N) % 2
     w = np.linspace(0, 2, N)
     model = jaxem.Mixture.from_responsibilities(
-        jnp.asarray(COUNTS), jax.nn.one_hot(labels, 2), jaxem.Poisson, weights=jnp.asarray(w)
+        jnp.asarray(COUNTS),
+        jax.nn.one_hot(labels, 2),
+        jaxem.emissions.Poisson,
+        sample_weight=jnp.asarray(w),
     )
     for j in range(2):
         own = w * (labels == j)
@@ -173,16 +178,24 @@ def test_labels_are_one_hot_responsibilities_and_weights_count():
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda init: init(keys(1)[0], P, N + 1, jaxem.Gaussian), "cannot start"),
-        (lambda init: init(keys(1)[0], P, 0, jaxem.Gaussian), "cannot start"),
-        (lambda init: init(keys(1)[0], P, 2, jaxem.Gaussian, method="pca"), "k-means"),
+        (lambda init: init(keys(1)[0], P, N + 1, jaxem.emissions.Gaussian), "cannot start"),
+        (lambda init: init(keys(1)[0], P, 0, jaxem.emissions.Gaussian), "cannot start"),
+        (lambda init: init(keys(1)[0], P, 2, jaxem.emissions.Gaussian, method="pca"), "k-means"),
         (lambda init: init(keys(1)[0], P, 2, "gaussian"), "family"),
         (lambda init: init(keys(1)[0], P, 2, MIXED), "tuple"),
-        (lambda init: init(keys(1)[0], (P, P), 2, jaxem.Independent), "families"),
-        (lambda init: init(keys(1)[0], jnp.asarray(COUNTS), 2, jaxem.Gaussian), "continuous"),
-        (lambda init: init(keys(1)[0], P[:, 0], 2, jaxem.Gaussian), r"x\[:, None\]"),
-        (lambda init: init(keys(1)[0], P, 2, jaxem.Gaussian, weights=jnp.ones(3)), "one entry"),
-        (lambda init: init(keys(1)[0], P, 2, jaxem.Categorical), "integer codes"),
+        (lambda init: init(keys(1)[0], (P, P), 2, jaxem.emissions.Independent), "families"),
+        (
+            lambda init: init(keys(1)[0], jnp.asarray(COUNTS), 2, jaxem.emissions.Gaussian),
+            "continuous",
+        ),
+        (lambda init: init(keys(1)[0], P[:, 0], 2, jaxem.emissions.Gaussian), r"x\[:, None\]"),
+        (
+            lambda init: init(
+                keys(1)[0], P, 2, jaxem.emissions.Gaussian, sample_weight=jnp.ones(3)
+            ),
+            "one entry",
+        ),
+        (lambda init: init(keys(1)[0], P, 2, jaxem.emissions.Categorical), "integer codes"),
     ],
 )
 def test_errors_are_clear(call, says):
@@ -192,9 +205,11 @@ def test_errors_are_clear(call, says):
 
 def test_traced_categories_cannot_be_counted():
     with pytest.raises(ValueError, match="num_categories"):
-        eqx.filter_jit(jaxem.Mixture.init)(keys(1)[0], jnp.asarray(CODES), 2, jaxem.Categorical)
+        eqx.filter_jit(jaxem.Mixture.init)(
+            keys(1)[0], jnp.asarray(CODES), 2, jaxem.emissions.Categorical
+        )
 
 
 def test_responsibilities_need_a_row_for_each_unit():
     with pytest.raises(ValueError, match="responsibilities"):
-        jaxem.Mixture.from_responsibilities(P, jnp.ones((3, 2)), jaxem.Gaussian)
+        jaxem.Mixture.from_responsibilities(P, jnp.ones((3, 2)), jaxem.emissions.Gaussian)

@@ -12,18 +12,19 @@ from models import CASES, COUNTS, FULL, MEAN, PART_RATES, POINTS, N
 from test_adjoints import agree, gradient_and_difference, perturbed_fit
 
 import jaxem
+from jaxem.emissions._base import expanded_form
 
 SHARES = np.array([[0.4, 0.6], [0.5, 0.5]])
-PARTS = jaxem.Gaussian(
+PARTS = jaxem.emissions.Gaussian(
     np.concatenate([MEAN, MEAN[::-1] + [1.0, -0.5]]), np.concatenate([FULL, FULL])
 )
-NESTED = jaxem.Mixture([0.3, 0.7], jaxem.MixtureEmission(SHARES, PARTS))
+NESTED = jaxem.Mixture([0.3, 0.7], jaxem.emissions.MixtureEmission(SHARES, PARTS))
 FLAT = jaxem.Mixture((SHARES * [[0.3], [0.7]]).reshape(-1), PARTS)
 
 
 @eqx.filter_jit
 def log_prob(emission, x):
-    return emission.log_prob_at(emission.coordinates(), x)
+    return emission.log_prob(x, emission.tilt())
 
 
 @eqx.filter_jit
@@ -59,20 +60,20 @@ def test_a_mixture_of_mixtures_takes_the_steps_of_the_flat_one():
 
 def test_cheaper_form_of_the_parts_is_used():
     x = jnp.asarray(POINTS)
-    safe, cheaper = NESTED.components.shortcut()
-    assert bool(safe) and cheaper.components.expanded
+    safe, cheaper = expanded_form(NESTED.components)
+    assert bool(safe) and cheaper.components.structure.expanded
     np.testing.assert_allclose(log_prob(cheaper, x), log_prob(NESTED.components, x), rtol=1e-10)
-    assert CASES["mixture-emission"]().model.components.shortcut() is None
+    assert expanded_form(CASES["mixture-emission"]().model.components) is None
 
 
 def test_blocks_count_all_parts():
-    from jaxem._emission import width
+    from jaxem.emissions._base import width
 
     assert width(NESTED.components, jnp.asarray(POINTS)) == 2 * 4
 
 
 # hmmlearn. Its M-step takes covariances about the means *before* the step: it agrees where either
-# is held, and after one step once the shift of the means is taken off.
+# is frozen, and after one step once the shift of the means is taken off.
 
 INITIAL, MATRIX = np.array([0.6, 0.4]), np.array([[0.8, 0.2], [0.3, 0.7]])
 LENGTHS = [50, 60, 40]
@@ -104,10 +105,10 @@ def ours(kind):
     x, mean, covariance = speech()
     mean, covariance = mean.reshape(4, 2), covariance.reshape(4, 2, 2)
     parts = {
-        "full": lambda: jaxem.Gaussian(mean, covariance),
-        "diag": lambda: jaxem.DiagonalGaussian(mean, np.einsum("kdd->kd", covariance)),
+        "full": lambda: jaxem.emissions.Gaussian(mean, covariance),
+        "diag": lambda: jaxem.emissions.DiagonalGaussian(mean, np.einsum("kdd->kd", covariance)),
     }[kind]()
-    model = jaxem.HMM(INITIAL, MATRIX, jaxem.MixtureEmission(SHARES, parts))
+    model = jaxem.HMM(INITIAL, MATRIX, jaxem.emissions.MixtureEmission(SHARES, parts))
     return model, jaxem.Sequences.split(x, LENGTHS)
 
 
@@ -133,8 +134,8 @@ def test_gmm_hmm_is_hmmlearns(kind):
     x, mean, _ = speech()
     start = hmmlearns(kind, "", 0)
     np.testing.assert_allclose(model.log_prob(data).sum(), start.score(x, LENGTHS), atol=1e-8)
-    for held, params in (("mean", "stcw"), (SPREAD[kind], "stmw")):
-        frozen = jaxem.freeze(model, f"emission.components.{held}")
+    for name, params in (("mean", "stcw"), (SPREAD[kind], "stmw")):
+        frozen = jaxem.freeze(model, f"emission.components.{name}")
         solution = fit(frozen, data, tol=0.0, max_steps=8)
         peer = hmmlearns(kind, params, 8)
         compare(solution.model, peer, kind)
@@ -148,7 +149,9 @@ def test_gmm_hmm_is_hmmlearns(kind):
 def test_gmm_hmm_obeys_the_laws():
     model, data = ours("diag")
     x = jnp.asarray(speech()[0].reshape(10, 15, 2)[:, :8])
-    report = jaxem.check_model(model, jaxem.Sequences(x, np.array([8, 5, 8, 7, 3, 8, 8, 4, 8, 8])))
+    report = jaxem.testing.check_model(
+        model, jaxem.Sequences(x, np.array([8, 5, 8, 7, 3, 8, 8, 4, 8, 8]))
+    )
     assert report.ok, f"\n{report}"
     solution = fit(model, data, max_steps=300)
     assert solution.result == jaxem.RESULTS.converged
@@ -160,7 +163,7 @@ def test_gmm_hmm_obeys_the_laws():
 
 def test_implicit_gradient():
     case = CASES["mixture-emission"]()
-    agree(*gradient_and_difference(lambda t: perturbed_fit(case, jaxem.Implicit(), t)), 1e-6)
+    agree(*gradient_and_difference(lambda t: perturbed_fit(case, jaxem.em.Implicit(), t)), 1e-6)
 
 
 def test_implicit_gradient_of_a_gmm_hmm():
@@ -172,13 +175,18 @@ def test_implicit_gradient_of_a_gmm_hmm():
         initial=2.0,
         transition=model.transition.prior(2.0),
         emission=model.emission.prior(
-            2.0, model.emission.components.prior(mean_count=1.0, variance_count=4.0)
+            2.0, model.emission.components.prior({"mean": 1.0, "variance": 4.0})
         ),
     )
 
     def value(t):
         solution = jaxem.fit(
-            model, x + t[0] * shift, weights=1 + t[1] * pull, prior=prior, tol=1e-13, max_steps=5000
+            model,
+            x + t[0] * shift,
+            sample_weight=1 + t[1] * pull,
+            prior=prior,
+            tol=1e-13,
+            max_steps=5000,
         )
         emission = solution.model.emission
         seen = (emission.weights, emission.components.mean, emission.components.variance)
@@ -189,8 +197,10 @@ def test_implicit_gradient_of_a_gmm_hmm():
 
 
 def test_no_nan_where_no_part_of_a_component_is_possible():
-    parts = jaxem.SphericalGaussian([[0.0], [1.0], [2.0], [3.0]], [1e-300, 1e-300, 1.0, 1.0])
-    model = jaxem.Mixture([0.5, 0.5], jaxem.MixtureEmission(SHARES, parts))
+    parts = jaxem.emissions.SphericalGaussian(
+        [[0.0], [1.0], [2.0], [3.0]], [1e-300, 1e-300, 1.0, 1.0]
+    )
+    model = jaxem.Mixture([0.5, 0.5], jaxem.emissions.MixtureEmission(SHARES, parts))
     x = jnp.asarray([[1e10], [2.0]])
     assert log_prob(model.components, x)[0, 0] == -jnp.inf
     gradient = eqx.filter_jit(jax.grad(lambda m: m.log_prob(x).sum()))(model)
@@ -198,7 +208,7 @@ def test_no_nan_where_no_part_of_a_component_is_possible():
         assert jnp.all(jnp.isfinite(leaf))
 
 
-# What is held, priors, draws, degenerate parts
+# What is frozen, priors, draws, degenerate parts
 
 
 def test_parameters_of_parts_are_held_by_name():
@@ -218,18 +228,19 @@ def test_parameters_of_parts_are_held_by_name():
 
 def test_prior_of_shares_and_parts():
     x, c = jnp.asarray(COUNTS), CASES["mixture-emission"]().model
-    prior = c.prior(components=c.components.prior(3.0, c.components.components.prior(2.0, 0.5)))
+    rates = c.components.components.prior(0.5, rate=2.0)
+    prior = c.prior(components=c.components.prior(4.0, rates))
     state = eqx.filter_jit(jaxem.EM().init)(c, x)
     counts, parts = state.statistics.sums[1]
     new = eqx.filter_jit(lambda s: s.frame.m_step(s))(state.statistics + prior).components
     expected = (counts + 2.0) / jnp.sum(counts + 2.0, axis=1, keepdims=True)
     np.testing.assert_allclose(new.weights, expected, rtol=1e-12)
-    rate = (parts.total * np.sqrt(PART_RATES) + 1.0) / (parts.units + 0.5)
+    rate = (parts.total * np.sqrt(PART_RATES) + 1.0) / (parts.count + 0.5)
     np.testing.assert_allclose(new.components.rate, rate, rtol=1e-12)
     for leaf in jax.tree.leaves(c.components.prior().sums):
         np.testing.assert_array_equal(leaf, 0)
     with pytest.raises(ValueError, match="negative"):
-        c.components.prior(0.5)
+        c.components.prior(-0.5)
 
 
 def test_draws_come_from_the_parts():
@@ -247,9 +258,9 @@ def test_an_empty_part_makes_its_component_degenerate():
     empty = eqx.tree_at(lambda m: m.components.logits, NESTED, c.logits.at[1, 0].set(-800.0))
     for model, flags in ((NESTED, [False, False]), (empty, [False, True])):
         sums = eqx.filter_jit(model.e_step)(x)[0].sums[1]
-        found = eqx.filter_jit(c.degenerate)(sums, jnp.array(1e-3))
+        found = eqx.filter_jit(c.degenerate)(sums)
         assert np.asarray(found).tolist() == flags
-    moved = eqx.filter_jit(c.maximize)(eqx.filter_jit(empty.e_step)(x)[0].sums[1])
+    moved = eqx.filter_jit(c.m_step)(eqx.filter_jit(empty.e_step)(x)[0].sums[1])
     np.testing.assert_allclose(moved.components.mean[2], c.components.mean[2], rtol=1e-12)
 
 
@@ -260,15 +271,15 @@ def test_an_empty_part_makes_its_component_degenerate():
 @pytest.mark.parametrize(
     "family",
     [
-        jaxem.Gaussian,
-        jaxem.TiedGaussian,
-        functools.partial(jaxem.DiagonalGaussian, tied=True),
-        jaxem.Poisson,
+        jaxem.emissions.Gaussian,
+        jaxem.emissions.TiedGaussian,
+        functools.partial(jaxem.emissions.DiagonalGaussian, tied=True),
+        jaxem.emissions.Poisson,
     ],
 )
 def test_starts_have_parts_that_differ(family, k):
-    data = jnp.asarray(COUNTS if family is jaxem.Poisson else POINTS)
-    nested = functools.partial(jaxem.MixtureEmission, family=family, num_parts=3)
+    data = jnp.asarray(COUNTS if family is jaxem.emissions.Poisson else POINTS)
+    nested = functools.partial(jaxem.emissions.MixtureEmission, family=family, num_parts=3)
     model = jaxem.Mixture.init(jax.random.key(1), data, k, nested)
     c = model.components
     assert (c.num_components, c.components.num_components) == (k, 3 * k)
@@ -288,7 +299,9 @@ def test_seeds_are_grouped_by_nearness():
     rng = np.random.default_rng(2)
     centres = np.array([[0.0, 0], [5, 0], [100, 0], [105, 0], [0, 100], [5, 100]])
     x = jnp.asarray(np.concatenate([c + 0.1 * rng.normal(size=(20, 2)) for c in centres]))
-    nested = functools.partial(jaxem.MixtureEmission, family=jaxem.SphericalGaussian, num_parts=2)
+    nested = functools.partial(
+        jaxem.emissions.MixtureEmission, family=jaxem.emissions.SphericalGaussian, num_parts=2
+    )
     for seed in range(4):
         parts = jaxem.Mixture.init(jax.random.key(seed), x, 3, nested).components.components
         pairs = np.asarray(parts.mean).reshape(3, 2, 2)
@@ -299,23 +312,40 @@ def test_seeds_are_grouped_by_nearness():
 
 def test_restarts_of_a_gmm_hmm():
     _, data = ours("full")
-    nested = functools.partial(jaxem.MixtureEmission, family=jaxem.SphericalGaussian, num_parts=2)
+    nested = functools.partial(
+        jaxem.emissions.MixtureEmission, family=jaxem.emissions.SphericalGaussian, num_parts=2
+    )
     keys = jax.random.split(jax.random.key(0), 3)
     starts = jax.vmap(lambda key: jaxem.HMM.init(key, data, 2, nested))(keys)
     best = jaxem.best(jaxem.fit_restarts(starts, data, max_steps=60))
-    plain = fit(jaxem.HMM.init(keys[0], data, 2, jaxem.SphericalGaussian), data, max_steps=60)
+    plain = fit(
+        jaxem.HMM.init(keys[0], data, 2, jaxem.emissions.SphericalGaussian), data, max_steps=60
+    )
     assert best.objective > plain.objective + 5
 
 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: jaxem.MixtureEmission([[0.5, 0.6]], jaxem.Poisson([[1.0], [2.0]])), "sum to 1"),
-        (lambda: jaxem.MixtureEmission([0.5, 0.5], jaxem.Poisson([[1.0], [2.0]])), "weights"),
-        (lambda: jaxem.MixtureEmission([[0.5, 0.5]], jaxem.Poisson([[1.0]])), "need 2 parts"),
+        (
+            lambda: jaxem.emissions.MixtureEmission(
+                [[0.5, 0.6]], jaxem.emissions.Poisson([[1.0], [2.0]])
+            ),
+            "sum to 1",
+        ),
+        (
+            lambda: jaxem.emissions.MixtureEmission(
+                [0.5, 0.5], jaxem.emissions.Poisson([[1.0], [2.0]])
+            ),
+            "weights",
+        ),
+        (
+            lambda: jaxem.emissions.MixtureEmission([[0.5, 0.5]], jaxem.emissions.Poisson([[1.0]])),
+            "need 2 parts",
+        ),
         (
             lambda: jaxem.Mixture.init(
-                jax.random.key(0), jnp.asarray(COUNTS), 2, jaxem.MixtureEmission
+                jax.random.key(0), jnp.asarray(COUNTS), 2, jaxem.emissions.MixtureEmission
             ),
             "needs the family",
         ),

@@ -11,7 +11,9 @@ import pytest
 from models import CASES, COUNTS, MEAN, POINTS, SmoothStudent
 
 import jaxem
-from jaxem import EM, SQUAREM, Gradient, GradientEmission, Labels, Mixture
+from jaxem import EM, SQUAREM, Mixture
+from jaxem.em import Gradient
+from jaxem.emissions import GradientEmission, Labels
 
 X = jnp.asarray(COUNTS, float)
 LBFGS = EM(maximization=Gradient(optax.lbfgs(), 10))
@@ -32,7 +34,7 @@ LBFGS = EM(maximization=Gradient(optax.lbfgs(), 10))
 def test_a_log_joint_has_the_maximum_of_the_model_it_describes(algorithm):
     case = CASES["log-joint"]()
     rates = jnp.exp(case.model.params["log_rate"])
-    wanted = jaxem.fit(Mixture([0.5, 0.5], jaxem.Poisson(rates)), case.data, tol=1e-12)
+    wanted = jaxem.fit(Mixture([0.5, 0.5], jaxem.emissions.Poisson(rates)), case.data, tol=1e-12)
     solution = jaxem.fit(case.model, case.data, algorithm, max_steps=5000, throw=False)
     np.testing.assert_allclose(solution.objective, wanted.objective, rtol=1e-8)
     fitted = jnp.exp(solution.model.params["log_rate"])
@@ -58,8 +60,8 @@ def test_the_fit_of_a_log_joint_is_differentiable():
     case = CASES["log-joint"]()
 
     def fitted(shift):
-        weights = jnp.ones(len(X)).at[0].add(shift)
-        options = dict(weights=weights, tol=1e-13, max_steps=5000, throw=False)
+        sample_weight = jnp.ones(len(X)).at[0].add(shift)
+        options = dict(sample_weight=sample_weight, tol=1e-13, max_steps=5000, throw=False)
         return jaxem.fit(case.model, case.data, **options).model.params["log_rate"]
 
     exact = jax.jacobian(jax.jit(fitted))(0.0)
@@ -72,7 +74,7 @@ def hard_to_scale(params, x):
 
 
 def test_steps_of_a_log_joint_shrink_to_its_scale():
-    """A curvature of 10⁶ a unit: a whole step along the score would leave for good."""
+    """A curvature of 10⁶ an observation: a whole step along the score would leave for good."""
     x = jnp.asarray(np.repeat([-0.01, 0.02], 20))[:, None]
     start = {"logits": jnp.zeros(2), "mean": jnp.array([-0.012, 0.015])}
     solution = jaxem.fit(jaxem.from_log_joint(hard_to_scale, start), x)
@@ -91,7 +93,7 @@ def scalar_joint(params, x):
         (lambda: jaxem.from_log_joint(scalar_joint, {"f": jnp.sin}), "must be arrays"),
         (lambda: jaxem.from_log_joint(scalar_joint, 1.0).e_step(X), r"\(n, k\)"),
         (
-            lambda: jaxem.fit(CASES["log-joint"]().model, X, EM(accumulation=jaxem.Running())),
+            lambda: jaxem.fit(CASES["log-joint"]().model, X, EM(accumulation=jaxem.em.Online())),
             "use Full",
         ),
         (lambda: GradientEmission([]), "one module or more"),
@@ -100,7 +102,10 @@ def scalar_joint(params, x):
         (lambda: GradientEmission([Counted(jnp.arange(2), jnp.zeros(2))]), "no other arrays"),
         (lambda: Mixture.init(jax.random.key(0), X, 2, GradientEmission), "start of its own"),
         (lambda: GradientEmission([module(0.0)]).sample(jax.random.key(0), X), "sample"),
-        (lambda: Mixture([1.0], GradientEmission([Vague(jnp.zeros(2))])).e_step(X), "for one unit"),
+        (
+            lambda: Mixture([1.0], GradientEmission([Vague(jnp.zeros(2))])).e_step(X),
+            "for one observation",
+        ),
         (lambda: Labels(0), "num_components must be an integer ≥ 1"),
         (lambda: Mixture([0.5, 0.5], Labels(2)).e_step(X[:, :1]), "integers"),
         (lambda: Mixture([0.5, 0.5], Labels(2)).e_step(jnp.arange(4)), r"\(n, 1\)"),
@@ -158,7 +163,7 @@ def module(shift):
 def test_modules_fit_as_the_family_that_they_are():
     points = jnp.asarray(POINTS)
     own = Mixture([0.4, 0.6], GradientEmission([Normal(jnp.asarray(m)) for m in MEAN]))
-    family = jaxem.freeze(jaxem.SphericalGaussian(MEAN, [1.0, 1.0]), "variance")
+    family = jaxem.freeze(jaxem.emissions.SphericalGaussian(MEAN, [1.0, 1.0]), "variance")
     wanted = jaxem.fit(Mixture([0.4, 0.6], family), points, tol=1e-12)
     solution = jaxem.fit(own, points, tol=1e-12)
     np.testing.assert_allclose(solution.objective, wanted.objective, rtol=1e-10)
@@ -212,7 +217,9 @@ def test_held_modules_stay():
 
 
 def start_of_labels():
-    family = functools.partial(jaxem.Independent, families=(jaxem.SphericalGaussian, Labels))
+    family = functools.partial(
+        jaxem.emissions.Independent, families=(jaxem.emissions.SphericalGaussian, Labels)
+    )
     return Mixture.init(jax.random.key(0), CASES["labels"]().data, 2, family)
 
 
@@ -232,7 +239,9 @@ def test_labelled_units_count_for_their_component_alone():
 
 def test_all_labels_known_are_the_fit_of_each_group():
     points, labels = jnp.asarray(POINTS), jnp.arange(len(POINTS)) % 3 == 0
-    start = jaxem.Independent([jaxem.SphericalGaussian(MEAN, [1.0, 0.7]), Labels(2)])
+    start = jaxem.emissions.Independent(
+        [jaxem.emissions.SphericalGaussian(MEAN, [1.0, 0.7]), Labels(2)]
+    )
     data = (points, labels[:, None].astype(int))
     solution = jaxem.fit(Mixture([0.5, 0.5], start), data)
     assert int(solution.num_steps) <= 2
@@ -244,7 +253,9 @@ def test_all_labels_known_are_the_fit_of_each_group():
 def test_a_few_labels_name_the_components():
     """They break the symmetry of a start in which all components are alike."""
     _, (points, labels), *_ = CASES["labels"]()
-    family = functools.partial(jaxem.Independent, families=(jaxem.SphericalGaussian, Labels))
+    family = functools.partial(
+        jaxem.emissions.Independent, families=(jaxem.emissions.SphericalGaussian, Labels)
+    )
     known = jax.nn.one_hot(labels[:, 0], 2) + 0.5 * (labels < 0)
     start = Mixture.from_responsibilities((points, labels), known, family)
     solution = jaxem.fit(start, (points, labels))
@@ -254,7 +265,7 @@ def test_a_few_labels_name_the_components():
 
 
 def test_states_of_some_steps_are_told():
-    emission = jaxem.Independent([jaxem.Poisson([[1.0], [6.0]]), Labels(2)])
+    emission = jaxem.emissions.Independent([jaxem.emissions.Poisson([[1.0], [6.0]]), Labels(2)])
     model = jaxem.HMM([0.5, 0.5], [[0.8, 0.2], [0.2, 0.8]], emission)
     counts = jnp.asarray([[[3], [3], [3], [3]]])
     labels = jnp.asarray([[[0], [-1], [-1], [1]]])
@@ -267,4 +278,4 @@ def test_a_label_that_names_no_component_is_reported():
     model, (points, labels), *_ = CASES["labels"]()
     for wrong in (2, -2):
         solution = jaxem.fit(model, (points, labels.at[5].set(wrong)), throw=False)
-        assert jaxem.result_name(solution.result) == "invalid_data"
+        assert solution.status == "invalid_data"

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import COUNTS, POINTS, N
+from models import COUNTED, COUNTS, GATES, POINTS, N
 
 import jaxem
 from jaxem import RESULTS
@@ -15,7 +15,7 @@ P = jnp.asarray(POINTS)
 WEIGHTS = jnp.linspace(0.5, 1.5, N)
 
 
-def models(count, family=jaxem.Poisson, data=X):
+def models(count, family=jaxem.emissions.Poisson, data=X):
     keys = jax.random.split(jax.random.key(0), count)
     return jax.vmap(lambda key: jaxem.Mixture.init(key, data, 2, family, method="random"))(keys)
 
@@ -33,11 +33,12 @@ def close(a, b, tol=1e-10):
 def test_lanes_are_single_fits(at_once, monkeypatch):
     starts = models(5)
     first = lane(starts, 0)
-    prior = first.prior(2.0, first.components.prior(2.0, 0.5))
+    prior = first.prior(weights=2.0, components=first.components.prior(0.5, rate=2.0))
     if at_once:
-        monkeypatch.setattr(jaxem._units, "_BUDGET", {jax.default_backend(): at_once * N * 4})
-        assert jaxem._units.lanes_at_once(5, N * 4) == at_once
-    options = dict(weights=WEIGHTS, prior=prior, tol=1e-6, max_steps=60 + bool(at_once))
+        monkeypatch.setattr(jaxem._core.blocks, "_BUDGET", {jax.default_backend(): at_once * N * 4})
+        assert jaxem._core.blocks.lanes_at_once(5, N * 4) == at_once
+        monkeypatch.setattr(jaxem.em._restarts, "_side_by_side", lambda *_: at_once)
+    options = dict(sample_weight=WEIGHTS, prior=prior, tol=1e-6, max_steps=60 + bool(at_once))
     batch = jaxem.fit_restarts(starts, X, **options)
     for i in range(5):
         close(lane(batch, i), jaxem.fit(lane(starts, i), X, throw=False, **options))
@@ -85,7 +86,7 @@ def test_best_ranks_sound_lanes_first_and_counts_those_set_aside(
 
 
 def test_a_lane_that_fails_spoils_no_other():
-    starts = models(3, jaxem.Gaussian, P)
+    starts = models(3, jaxem.emissions.Gaussian, P)
     starts = eqx.tree_at(
         lambda m: m.components.mean, starts, starts.components.mean.at[1].set(jnp.nan)
     )
@@ -107,9 +108,71 @@ def test_short_runs_then_polish():
         close(lane(polished, i), jaxem.fit(lane(short.model, int(j)), X, throw=False))
 
 
+def test_the_best_of_many_starts_in_one_call():
+    key = jax.random.key(7)
+    found = jaxem.fit_best(jaxem.Mixture.init, key, X, 2, jaxem.emissions.Poisson, num_starts=6)
+    start_key, _ = jax.random.split(key)
+    starts = jax.vmap(lambda k: jaxem.Mixture.init(k, X, 2, jaxem.emissions.Poisson))(
+        jax.random.split(start_key, 6)
+    )
+    close(found, jaxem.best(jaxem.fit_restarts(starts, X)))
+    assert found.converged and found.status == "converged"
+
+
+SEQUENCES = jnp.asarray(COUNTED)
+FIRST_FITS = {
+    "hmm": lambda fit: fit(jaxem.HMM.init, SEQUENCES, 2, jaxem.emissions.Poisson, stay=0.8),
+    "hsmm": lambda fit: fit(
+        jaxem.HSMM.init,
+        SEQUENCES,
+        jaxem.emissions.Poisson,
+        jaxem.factors.PoissonDuration([1.0, 2.0], 5),
+    ),
+    "experts": lambda fit: fit(
+        jaxem.MixtureOfExperts.init,
+        (jnp.asarray(GATES), X),
+        2,
+        jaxem.emissions.Poisson,
+        sample_weight=WEIGHTS,
+    ),
+    "short runs first": lambda fit: fit(
+        jaxem.Mixture.init, X, 2, jaxem.emissions.Poisson, short_steps=2, num_polished=2
+    ),
+    "hard": lambda fit: fit(
+        jaxem.Mixture.init,
+        X,
+        2,
+        jaxem.emissions.Poisson,
+        algorithm=jaxem.EM(jaxem.em.Hard()),
+        method="random",
+    ),
+    "a function of one's own": lambda fit: fit(
+        lambda key, x: jaxem.from_log_joint(
+            two_laws, jax.random.normal(key, (2, 1)) + jnp.log(jnp.mean(x))
+        ),
+        X[:, :1].astype(float),
+        max_steps=40,
+    ),
+}
+
+
+def two_laws(log_rate, x):
+    return x * log_rate[:, 0] - jnp.exp(log_rate[:, 0]) - jnp.log(2)
+
+
+@pytest.mark.parametrize("name", FIRST_FITS)
+def test_every_model_starts_from_its_init(name):
+    def fit(init, data, *args, **options):
+        return jaxem.fit_best(init, jax.random.key(1), data, *args, num_starts=3, **options)
+
+    found = FIRST_FITS[name](fit)
+    assert found.objective.shape == () and jnp.isfinite(found.objective)
+    assert found.status in ("converged", "max_steps_reached")
+
+
 def test_hard_em_restarts():
-    batch = jaxem.fit_restarts(models(3), X, jaxem.EM(jaxem.Hard()))
-    single = jaxem.fit(lane(models(3), 2), X, jaxem.EM(jaxem.Hard()))
+    batch = jaxem.fit_restarts(models(3), X, jaxem.EM(jaxem.em.Hard()))
+    single = jaxem.fit(lane(models(3), 2), X, jaxem.EM(jaxem.em.Hard()))
     close(lane(batch, 2), single)
 
 
@@ -123,6 +186,8 @@ def test_hard_em_restarts():
         (lambda: jaxem.best(jaxem.fit(lane(models(2), 0), X)), "leading axis"),
         (lambda: jaxem.fit_restarts(models(2), P.astype(jnp.float32)), "dtype"),
         (lambda: jaxem.fit_restarts(models(2), X, tol=-1.0), "tol"),
+        (lambda: jaxem.fit_best(jaxem.Mixture, jax.random.key(0), X, 2), "Mixture.init"),
+        (lambda: jaxem.fit_best(two_laws, jax.random.key(0), X, num_starts=0), "num_starts"),
     ],
 )
 def test_errors_are_clear(call, says):

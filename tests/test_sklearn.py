@@ -19,10 +19,10 @@ SEEDS = (0, 3, 7)
 
 # The family, what it calls its covariances, and identities in the shape that both sides take.
 FAMILIES = {
-    "full": (jaxem.Gaussian, "covariance", np.tile(np.eye(D), (K, 1, 1))),
-    "tied": (jaxem.TiedGaussian, "covariance", np.eye(D)),
-    "diag": (jaxem.DiagonalGaussian, "variance", np.ones((K, D))),
-    "spherical": (jaxem.SphericalGaussian, "variance", np.ones(K)),
+    "full": (jaxem.emissions.Gaussian, "covariance", np.tile(np.eye(D), (K, 1, 1))),
+    "tied": (jaxem.emissions.TiedGaussian, "covariance", np.eye(D)),
+    "diag": (jaxem.emissions.DiagonalGaussian, "variance", np.ones((K, D))),
+    "spherical": (jaxem.emissions.SphericalGaussian, "variance", np.ones(K)),
 }
 CASES = [(kind, seed) for kind in FAMILIES for seed in SEEDS]
 
@@ -94,14 +94,14 @@ def said_of(model, x):
         "score_samples": model.log_prob(x),
         "predict_proba": model.responsibilities(x),
         "predict": model.predict(x),
-        "aic": jaxem.aic(model, x),
-        "bic": jaxem.bic(model, x),
+        "aic": jaxem.inference.aic(model, x),
+        "bic": jaxem.inference.bic(model, x),
     }
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_same_answers(kind):
-    """At a model far from converged, so that units are shared among components."""
+    """At a model far from converged, so that observations are shared among components."""
     peer, ours = fitted(kind, 0, 7)
     x, _, _ = problem(0)
     x = np.concatenate([x, 2 * x[::-1]])
@@ -114,11 +114,11 @@ def test_same_answers(kind):
 def test_same_clusters(seed):
     x, _, centroids = problem(seed)
     peer = KMeans(K, init=centroids, n_init=1, algorithm="lloyd", tol=0, max_iter=300).fit(x)
-    spheres = jaxem.SphericalGaussian(centroids, 1.0)
+    spheres = jaxem.emissions.SphericalGaussian(centroids, 1.0)
     start = jaxem.freeze(
         jaxem.Mixture(np.full(K, 1 / K), spheres), "weights", "components.variance"
     )
-    ours = jaxem.fit(start, jnp.asarray(x), jaxem.EM(jaxem.Hard()))
+    ours = jaxem.fit(start, jnp.asarray(x), jaxem.EM(jaxem.em.Hard()))
     constant = N * (np.log(K) + 0.5 * D * np.log(2 * np.pi))
     assert ours.result == jaxem.RESULTS.converged
     np.testing.assert_allclose(ours.model.components.mean, peer.cluster_centers_, rtol=1e-12)

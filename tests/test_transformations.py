@@ -39,7 +39,9 @@ def lane(tree, index):
 def lanes(count):
     """Starts from close to the optimum to far away, so that lanes stop at different steps."""
     rates = jnp.stack([jnp.array([[1.0 + i, 3.0], [5.0 + i, 4.0]]) for i in range(count)])
-    return jax.vmap(lambda rate: jaxem.Mixture(jnp.array([0.4, 0.6]), jaxem.Poisson(rate)))(rates)
+    return jax.vmap(
+        lambda rate: jaxem.Mixture(jnp.array([0.4, 0.6]), jaxem.emissions.Poisson(rate))
+    )(rates)
 
 
 # jit and vmap
@@ -68,10 +70,12 @@ def test_vmap_over_models_freezes_each_lane_by_itself():
 
 def test_vmap_over_data_and_weights():
     data = jnp.stack([X, X[::-1] + 1])
-    weights = jnp.stack([jnp.ones(N), jnp.linspace(0.5, 2, N)])
-    batch = jax.vmap(lambda x, w: jaxem.fit(poissons(), x, weights=w, throw=False))(data, weights)
+    sample_weight = jnp.stack([jnp.ones(N), jnp.linspace(0.5, 2, N)])
+    batch = jax.vmap(lambda x, w: jaxem.fit(poissons(), x, sample_weight=w, throw=False))(
+        data, sample_weight
+    )
     for i in range(2):
-        close(lane(batch, i), jaxem.fit(poissons(), data[i], weights=weights[i]), 1e-10)
+        close(lane(batch, i), jaxem.fit(poissons(), data[i], sample_weight=sample_weight[i]), 1e-10)
 
 
 def test_vmap_over_tol_and_prior():
@@ -83,7 +87,8 @@ def test_vmap_over_tol_and_prior():
 
     def mode(strength):
         model = poissons()
-        prior = model.prior(1 + strength, model.components.prior(1 + strength, strength))
+        own = model.components.prior(strength, rate=1.0)
+        prior = model.prior(weights=2 * strength, components=own)
         return jaxem.fit(model, X, prior=prior, throw=False)
 
     close(lane(jax.vmap(mode)(jnp.array([0.5, 4.0])), 1), mode(4.0), 1e-10)
@@ -100,16 +105,16 @@ def test_a_failing_lane_spoils_no_other():
 
 
 @eqx.filter_jit
-def value_and_gradients(model, data, weights):
-    def total(model, weights):
-        return model.e_step(data, weights)[1]
+def value_and_gradients(model, data, sample_weight):
+    def total(model, sample_weight):
+        return model.e_step(data, sample_weight)[1]
 
-    return jax.value_and_grad(total, argnums=(0, 1))(model, weights)
+    return jax.value_and_grad(total, argnums=(0, 1))(model, sample_weight)
 
 
 @eqx.filter_jit
-def log_likelihood(model, data, weights):
-    return jnp.sum(weights * model.log_prob(data))
+def log_likelihood(model, data, sample_weight):
+    return jnp.sum(sample_weight * model.log_prob(data))
 
 
 def directional(function, at, direction, h=1e-3):
@@ -133,35 +138,39 @@ def wiggle(tree, seed=0):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradients_of_e_step_and_log_prob(name):
     case = CASES[name]()
-    weights = jnp.linspace(0.5, 1.5, N)
-    _, (of_model, of_weights) = value_and_gradients(case.model, case.data, weights)
+    sample_weight = jnp.linspace(0.5, 1.5, N)
+    _, (of_model, of_weights) = value_and_gradients(case.model, case.data, sample_weight)
     way = wiggle(case.model)
-    by_difference = directional(lambda m: log_likelihood(m, case.data, weights), case.model, way)
+    by_difference = directional(
+        lambda m: log_likelihood(m, case.data, sample_weight), case.model, way
+    )
     np.testing.assert_allclose(inner(of_model, way), by_difference, rtol=1e-6)
     close(of_weights, case.model.log_prob(case.data), 1e-10)
-    direct = eqx.filter_jit(eqx.filter_grad(lambda m: log_likelihood(m, case.data, weights)))
+    direct = eqx.filter_jit(eqx.filter_grad(lambda m: log_likelihood(m, case.data, sample_weight)))
     close(direct(case.model), of_model, 1e-9)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_no_nan_gradient_with_padded_units_and_an_empty_component(name):
     case = CASES[name]()
-    weights = jnp.ones(N).at[:4].set(0)
+    sample_weight = jnp.ones(N).at[:4].set(0)
 
     def spoil(leaf):
         bad = jnp.nan if jnp.issubdtype(leaf.dtype, jnp.inexact) else -(2**31)
         return leaf.at[:4].set(bad)
 
     data = jax.tree.map(spoil, case.data)
-    # Weight e^−800 underflows: no unit has any responsibility of the second component.
-    model = eqx.tree_at(lambda m: m.logits, case.model, jnp.array([0.0, -800.0]))
-    value, (of_model, of_weights) = value_and_gradients(model, data, weights)
+    # Weight e^−800 underflows: no observation has any responsibility of the second component.
+    model = eqx.tree_at(lambda m: m._weights.logits, case.model, jnp.array([0.0, -800.0]))
+    value, (of_model, of_weights) = value_and_gradients(model, data, sample_weight)
     assert np.isfinite(value)
     for leaf in jax.tree.leaves((of_model, of_weights)):
         assert np.all(np.isfinite(leaf))
     assert np.any(np.abs(jax.tree.leaves(of_model.components)[0][0]) > 1e-3)
     stepped = eqx.filter_jit(
-        eqx.filter_grad(lambda m: m.m_step(m.e_step(data, weights)[0]).e_step(data, weights)[1])
+        eqx.filter_grad(
+            lambda m: m.m_step(m.e_step(data, sample_weight)[0]).e_step(data, sample_weight)[1]
+        )
     )
     for leaf in jax.tree.leaves(stepped(model)):
         assert np.all(np.isfinite(leaf))
@@ -170,25 +179,25 @@ def test_no_nan_gradient_with_padded_units_and_an_empty_component(name):
 @pytest.mark.parametrize("of", ["data", "weights", "start", "prior"])
 def test_forward_derivatives_through_the_fit(of):
     case = CASES["gaussian"]()
-    model, weights = case.model, jnp.linspace(0.5, 1.5, N)
+    model, sample_weight = case.model, jnp.linspace(0.5, 1.5, N)
 
     def outcome(value):
-        given = {"data": P, "weights": weights, "start": model, "prior": jnp.array(1.5)}
+        given = {"data": P, "weights": sample_weight, "start": model, "prior": jnp.array(1.5)}
         given[of] = value
-        prior = model.prior(components=model.components.prior(covariance_count=given["prior"]))
+        prior = model.prior(components=model.components.prior({"covariance": given["prior"]}))
         solution = jaxem.fit(
             given["start"],
             given["data"],
-            weights=given["weights"],
+            sample_weight=given["weights"],
             prior=prior,
             tol=0.0,
             max_steps=6,
-            adjoint=jaxem.Forward(),
+            adjoint=jaxem.em.Forward(),
             throw=False,
         )
         return solution.objective + jnp.sum(jnp.sin(solution.model.components.mean))
 
-    at = {"data": P, "weights": weights, "start": model, "prior": jnp.array(1.5)}[of]
+    at = {"data": P, "weights": sample_weight, "start": model, "prior": jnp.array(1.5)}[of]
     way = wiggle(at)
     compiled = eqx.filter_jit(outcome)
     _, slope = eqx.filter_jit(lambda a, t: jax.jvp(outcome, (a,), (t,)))(at, way)
@@ -197,7 +206,7 @@ def test_forward_derivatives_through_the_fit(of):
 
 def test_derivatives_of_a_converged_fit_and_the_error_in_reverse_mode():
     def mean(shift):
-        adjoint = jaxem.Forward()
+        adjoint = jaxem.em.Forward()
         solution = jaxem.fit(gaussians(), P + shift, tol=1e-13, adjoint=adjoint, throw=False)
         return solution.model.components.mean
 
@@ -211,9 +220,9 @@ def test_derivatives_of_a_converged_fit_and_the_error_in_reverse_mode():
 
 
 def independent():
-    gaussian = functools.partial(jaxem.DiagonalGaussian, tied=True)
-    categorical = functools.partial(jaxem.Categorical, num_categories=3)
-    return functools.partial(jaxem.Independent, families=(gaussian, categorical))
+    gaussian = functools.partial(jaxem.emissions.DiagonalGaussian, tied=True)
+    categorical = functools.partial(jaxem.emissions.Categorical, num_categories=3)
+    return functools.partial(jaxem.emissions.Independent, families=(gaussian, categorical))
 
 
 def start(seed, family, data, **options):
@@ -227,26 +236,30 @@ MIXED = (P, jnp.asarray(CODES))
 @pytest.mark.parametrize(
     "call",
     {
-        "fit": lambda i: jaxem.fit(
-            gaussians(), (P, OTHER)[i], tol=10.0**-i, min_variance=1e-3 / (1 + i)
-        ),
-        "fit, weights": lambda i: jaxem.fit(poissons(), X + i, weights=jnp.ones(N) + i),
+        "fit": lambda i: jaxem.fit(gaussians(), (P, OTHER)[i], tol=10.0**-i),
+        "fit, weights": lambda i: jaxem.fit(poissons(), X + i, sample_weight=jnp.ones(N) + i),
         "fit, prior": lambda i: jaxem.fit(
-            poissons(), X + i, prior=poissons().prior(2.0 + i, poissons().components.prior(2.0, i))
+            poissons(),
+            X + i,
+            prior=poissons().prior(
+                weights=2.0 * (1 + i), components=poissons().components.prior(1.0 + i, rate=0.5)
+            ),
         ),
-        "fit, algorithm": lambda i: jaxem.fit(poissons(), X + i, jaxem.EM(jaxem.Hard())),
+        "fit, algorithm": lambda i: jaxem.fit(poissons(), X + i, jaxem.EM(jaxem.em.Hard())),
         "fit, frozen": lambda i: jaxem.fit(
             jaxem.freeze(poissons(), "components.rate", mask=[True, False]), X + i
         ),
         "fit, progress": lambda i: jaxem.fit(
-            poissons(), X + i, progress=jaxem.Progress(100), max_steps=20
+            poissons(), X + i, progress=jaxem.em.Progress(100), max_steps=20
         ),
-        "init": lambda i: start(i, jaxem.Gaussian, (P, OTHER)[i]),
+        "init": lambda i: start(i, jaxem.emissions.Gaussian, (P, OTHER)[i]),
         "init, partial made anew": lambda i: start(i, independent(), MIXED),
-        "init, weights": lambda i: start(i, jaxem.Poisson, X + i, weights=jnp.ones(N) + i),
-        "init, random": lambda i: start(i, jaxem.Poisson, X + i, method="random"),
+        "init, weights": lambda i: start(
+            i, jaxem.emissions.Poisson, X + i, sample_weight=jnp.ones(N) + i
+        ),
+        "init, random": lambda i: start(i, jaxem.emissions.Poisson, X + i, method="random"),
         "constructor": lambda i: jaxem.Mixture(
-            [0.4, 0.6], jaxem.Poisson([[1.0, 3.0], [5.0 + i, 4]])
+            [0.4, 0.6], jaxem.emissions.Poisson([[1.0, 3.0], [5.0 + i, 4]])
         ),
         "fit_restarts": lambda i: jaxem.fit_restarts(
             lanes(3), X + i, short_steps=5, num_polished=2
@@ -279,29 +292,29 @@ def small_blocks(monkeypatch):
     def shrink(rows, model, data):
         jax.clear_caches()
         budget = {jax.default_backend(): rows * model.width(data)}
-        monkeypatch.setattr(jaxem._units, "_BUDGET", budget)
-        return jaxem._units._blocking(jax.tree.leaves(data)[0].shape[0], model.width(data))
+        monkeypatch.setattr(jaxem._core.blocks, "_BUDGET", budget)
+        return jaxem._core.blocks._blocking(jax.tree.leaves(data)[0].shape[0], model.width(data))
 
     yield shrink
     jax.clear_caches()
 
 
 def mesh(kind=AxisType.Auto):
-    return jax.make_mesh((2,), ("units",), axis_types=(kind,))
+    return jax.make_mesh((2,), ("observations",), axis_types=(kind,))
 
 
 def spread(tree):
-    return jax.device_put(tree, NamedSharding(mesh(), PartitionSpec("units")))
+    return jax.device_put(tree, NamedSharding(mesh(), PartitionSpec("observations")))
 
 
 @pytest.mark.parametrize("name", ["gaussian", "tied", "poisson", "independent"])
 def test_sharded_fit_is_the_fit(name):
     case = CASES[name]()
-    weights = jnp.linspace(0, 2, N)
+    sample_weight = jnp.linspace(0, 2, N)
     sharded = jaxem.fit(
-        case.model, spread(case.data), weights=spread(weights), tol=1e-8, max_steps=60
+        case.model, spread(case.data), sample_weight=spread(sample_weight), tol=1e-8, max_steps=60
     )
-    plain = jaxem.fit(case.model, case.data, weights=weights, tol=1e-8, max_steps=60)
+    plain = jaxem.fit(case.model, case.data, sample_weight=sample_weight, tol=1e-8, max_steps=60)
     assert int(sharded.num_steps) == int(plain.num_steps)
     close(sharded, plain, 1e-9)
     assert sharded.objective.sharding.is_fully_replicated
@@ -311,8 +324,8 @@ def test_sharded_fit_is_the_fit(name):
 def test_a_sharded_step_is_one_all_reduce_and_gathers_nothing(blocks, small_blocks):
     model = gaussians()
     data = spread(P)
-    small_blocks(24 // blocks, model, P)  # of the 24 units on each device
-    algorithm = jaxem.EM(jaxem.Sharded(jaxem.Exact(), mesh(), "units"))
+    small_blocks(24 // blocks, model, P)  # of the 24 observations on each device
+    algorithm = jaxem.EM(jaxem.em.Sharded(jaxem.em.Exact(), mesh(), "observations"))
     state = algorithm.init(model, data)
     step = jax.jit(lambda s, x: algorithm.step(s, x))
     compiled = step.lower(state, data).compile().as_text()
@@ -327,7 +340,12 @@ def test_a_sharded_step_is_one_all_reduce_and_gathers_nothing(blocks, small_bloc
 
 @pytest.mark.parametrize(
     "algorithm",
-    [jaxem.SQUAREM(), jaxem.Anderson(), jaxem.EM(jaxem.Annealed()), jaxem.EM(jaxem.Sampled())],
+    [
+        jaxem.SQUAREM(),
+        jaxem.Anderson(),
+        jaxem.EM(jaxem.em.Annealed()),
+        jaxem.EM(jaxem.em.Sampled()),
+    ],
     ids=["SQUAREM", "Anderson", "annealed", "sampled"],
 )
 def test_every_algorithm_works_where_the_data_lie(algorithm, small_blocks):
@@ -337,7 +355,7 @@ def test_every_algorithm_works_where_the_data_lie(algorithm, small_blocks):
     run = jax.jit(lambda m: jaxem.fit(m, data, algorithm, **options))
     compiled = run.lower(model).compile().as_text()
     assert "all-reduce" in compiled and "all-gather" not in compiled
-    if algorithm != jaxem.EM(jaxem.Sampled()):
+    if algorithm != jaxem.EM(jaxem.em.Sampled()):
         close(run(model).model, jaxem.fit(model, P, algorithm, **options).model, 1e-8)
 
 
@@ -349,13 +367,13 @@ def test_sharding_errors_are_clear():
         case = CASES["independent"]()
         data = (spread(case.data[0]), jax.device_put(case.data[1], other))
         jaxem.fit(case.model, data)
-    algorithm = jaxem.EM(jaxem.Sharded(jaxem.Exact(), mesh(), "units"))
+    algorithm = jaxem.EM(jaxem.em.Sharded(jaxem.em.Exact(), mesh(), "observations"))
     with pytest.raises(ValueError, match="cannot be spread evenly over 2 devices"):
         algorithm.init(poissons(), X[:-1])
 
 
 def test_explicit_axes_do_as_well():
-    axes = NamedSharding(mesh(AxisType.Explicit), PartitionSpec("units"))
+    axes = NamedSharding(mesh(AxisType.Explicit), PartitionSpec("observations"))
     sharded = jaxem.fit(gaussians(), jax.device_put(P, axes), tol=1e-8, max_steps=60)
     close(sharded, jaxem.fit(gaussians(), P, tol=1e-8, max_steps=60), 1e-9)
 
@@ -365,21 +383,21 @@ def test_explicit_axes_do_as_well():
 def test_blocks_give_what_one_block_gives(name, n, rows, small_blocks):
     model, data, *_ = CASES[name]()
     data = jax.tree.map(lambda leaf: leaf[:n], data)
-    weights = jnp.linspace(0, 2, n)
+    sample_weight = jnp.linspace(0, 2, n)
 
-    def everything(model, data, weights):
-        def total(model, weights):
-            return model.e_step(data, weights)[1]
+    def everything(model, data, sample_weight):
+        def total(model, sample_weight):
+            return model.e_step(data, sample_weight)[1]
 
-        weighted, plain = model.e_step(data, weights), model.e_step(data)
-        slopes = jax.grad(total, argnums=(0, 1))(model, weights)
+        weighted, plain = model.e_step(data, sample_weight), model.e_step(data)
+        slopes = jax.grad(total, argnums=(0, 1))(model, sample_weight)
         sums = weighted[0].sums, plain[0].sums, weighted[1], plain[1]
         return sums, slopes, (model.log_prob(data), model.responsibilities(data))
 
-    whole = jax.jit(lambda *args: everything(*args))(model, data, weights)
+    whole = jax.jit(lambda *args: everything(*args))(model, data, sample_weight)
     count, size = small_blocks(rows, model, data)
     assert count >= 3 and (count * size != n) == (n == 47)
-    blocked = jax.jit(lambda *args: everything(*args))(model, data, weights)
+    blocked = jax.jit(lambda *args: everything(*args))(model, data, sample_weight)
     close(blocked, whole, 1e-9)
 
 

@@ -1,12 +1,10 @@
-from jaxem.models.durations import AbstractDuration as AbstractDuration
-from jaxem.models.durations import CategoricalDuration as CategoricalDuration
-from jaxem.models.durations import NegativeBinomialDuration as NegativeBinomialDuration
-from jaxem.models.durations import PoissonDuration as PoissonDuration
-from jaxem.models.experts import LogisticGate as LogisticGate
-from jaxem.models.experts import MixtureOfExperts as MixtureOfExperts
-from jaxem.models.hmm import HMM as HMM
-from jaxem.models.hsmm import HSMM as HSMM
-from jaxem.models.mixture import Mixture as Mixture
-from jaxem.models.transitions import AbstractTransition as AbstractTransition
-from jaxem.models.transitions import LogisticTransition as LogisticTransition
-from jaxem.models.transitions import Transition as Transition
+"""Models: mixtures, hidden Markov models, one emission alone, and models from functions."""
+
+from jaxem.models._alone import Alone as Alone
+from jaxem.models._base import AbstractModel as AbstractModel
+from jaxem.models._experts import MixtureOfExperts as MixtureOfExperts
+from jaxem.models._functions import from_functions as from_functions
+from jaxem.models._hmm import HMM as HMM
+from jaxem.models._hsmm import HSMM as HSMM
+from jaxem.models._log_joint import from_log_joint as from_log_joint
+from jaxem.models._mixture import Mixture as Mixture

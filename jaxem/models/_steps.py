@@ -1,4 +1,4 @@
-"""The steps of all sequences in one row, as an emission sees them: what chains of states share."""
+"""The steps of all sequences along one axis, as an emission takes them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from jaxem._emission import AbstractEmission, pull_back, width, with_shortcut
-from jaxem._sequences import Sequences
-from jaxem._units import map_over_units, num_units, substitute
+from jaxem._core.blocks import map_over_observations, num_observations, substitute
+from jaxem._core.sequences import Sequences
+from jaxem.emissions._base import AbstractEmission, cheapest, sums_of, width
 
 
 def usable_steps(
@@ -32,10 +32,10 @@ def log_prob_of_steps(
     size = width(emission, x)
 
     def log_prob_of(emission: AbstractEmission) -> Float[Array, "n k"]:
-        at = emission.coordinates()
-        return map_over_units(lambda part: emission.log_prob_at(at, part), x, width=size)
+        at = emission.tilt()
+        return map_over_observations(lambda part: emission.log_prob(part, at), x, width=size)
 
-    log_b = with_shortcut(emission, log_prob_of, num_units(x), size).reshape(*present.shape, -1)
+    log_b = cheapest(emission, log_prob_of, num_observations(x), size).reshape(*present.shape, -1)
     return jnp.where(present[:, :, None], log_b, 0)
 
 
@@ -45,6 +45,6 @@ def emitted_sums(
     """The emission's sums for given responsibilities."""
 
     def sums(emission: AbstractEmission) -> PyTree[Array]:
-        return emission.statistics(pull_back(emission, emission.coordinates(), x, responsibilities))
+        return sums_of(emission, x, responsibilities)
 
-    return with_shortcut(emission, sums, num_units(x), width(emission, x))
+    return cheapest(emission, sums, num_observations(x), width(emission, x))

@@ -1,0 +1,135 @@
+"""Checks at call time: what was given, what was expected, what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array
+from numpy.typing import ArrayLike
+
+
+def check_shape(name: str, value: Array, expected: tuple[int | str, ...]) -> None:
+    """Raises unless `value` has the shape `expected`; letters stand for any size but 0."""
+    fits = value.ndim == len(expected) and all(
+        size > 0 if isinstance(wanted, str) else size == wanted
+        for size, wanted in zip(value.shape, expected, strict=True)
+    )
+    if not fits:
+        shape = "(" + ", ".join(str(size) for size in expected) + ("," * (len(expected) == 1)) + ")"
+        raise ValueError(f"{name} has shape {value.shape}; expected {shape}.")
+
+
+def check_observations(x: Any, num_features: int, who: str) -> None:
+    """Raises unless `x` is an array of shape (n, num_features) with n ≥ 1."""
+    if not eqx.is_array(x):
+        raise ValueError(f"{who} expects an array of observations, got {type(x).__name__}.")
+    if x.ndim == 1:
+        raise ValueError(
+            f"{who} expects data of shape (n, {num_features}), got {x.shape}; "
+            "write x[:, None] for n observations of one feature."
+        )
+    if x.ndim != 2 or x.shape[1] != num_features:
+        raise ValueError(f"{who} expects data of shape (n, {num_features}), got {x.shape}.")
+    if x.shape[0] == 0:
+        raise ValueError(f"{who}: data hold no observation (shape {x.shape}).")
+
+
+def num_features(x: Any) -> int:
+    """Columns of `x`, or 1 where it has none; `check_observations` then says what is wrong."""
+    return x.shape[1] if eqx.is_array(x) and x.ndim == 2 else 1
+
+
+def check_continuous(x: Any, num_features: int, dtype: Any, who: str) -> None:
+    """`check_observations`, and that the data have the floating dtype of the parameters."""
+    check_observations(x, num_features, who)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"{who} is a continuous family but the data have dtype {x.dtype}; "
+            "convert them, as in x.astype(float)."
+        )
+    if x.dtype != dtype:
+        raise ValueError(
+            f"{who} has parameters of dtype {dtype} but the data have {x.dtype}; "
+            f"convert one, as in x.astype({dtype})."
+        )
+
+
+def check_counts(x: Any, num_features: int, dtype: Any, who: str) -> None:
+    """`check_observations`, for integers or for whole numbers in the dtype of the parameters."""
+    check_observations(x, num_features, who)
+    integral = jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == jnp.bool_
+    if not integral and x.dtype != dtype:
+        raise ValueError(
+            f"{who} has parameters of dtype {dtype} but the data have {x.dtype}; "
+            f"convert them to integers or to {dtype}."
+        )
+
+
+def check_codes(x: Any, num_features: int, dtype: Any, who: str) -> None:
+    """`check_observations`, for integer codes of categories."""
+    check_observations(x, num_features, who)
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(f"{who} expects integer codes 0 … m − 1, got {x.dtype}; use .astype(int).")
+
+
+def check_sample_weight(sample_weight: Any, n: int) -> None:
+    """Raises unless `sample_weight` is None or a floating array of shape (n,)."""
+    if sample_weight is None:
+        return
+    if not eqx.is_array(sample_weight) or sample_weight.shape != (n,):
+        shape = sample_weight.shape if eqx.is_array(sample_weight) else name_of(sample_weight)
+        raise ValueError(
+            f"sample_weight needs one entry per observation, shape ({n},); got {shape}."
+        )
+    if not jnp.issubdtype(sample_weight.dtype, jnp.floating):
+        raise ValueError(
+            f"sample_weight must be floating, got {sample_weight.dtype}; use .astype(float)."
+        )
+
+
+def check_values(ok: ArrayLike, message: str) -> None:
+    """Raises `ValueError` if `ok` is known to be false somewhere; says nothing about tracers.
+
+    Under a transformation the outcome of a fit is judged by its `RESULTS` instead.
+    """
+    if isinstance(ok, Tracer):
+        return
+    if not np.all(np.asarray(ok)):
+        raise ValueError(message)
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Raises unless `value` is an integer, at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer ≥ {least}, got {value!r}.")
+
+
+def or_absent(fits: Array, sample_weight: Any) -> Array:
+    """Whether each observation fits, or counts for nothing."""
+    return fits if sample_weight is None else fits | (sample_weight == 0)
+
+
+def name_of(value: Any) -> str:
+    """The name of a class, or of the class of anything else."""
+    return value.__name__ if isinstance(value, type) else type(value).__name__
+
+
+def check_nonnegative(name: str, value: Any) -> None:
+    """Raises unless `value` is one number, and not negative where that is known."""
+    number = isinstance(value, int | float) or (
+        eqx.is_array(value) and value.shape == () and not jnp.issubdtype(value.dtype, complex)
+    )
+    if not number:
+        got = f"an array of shape {jnp.shape(value)}" if eqx.is_array(value) else repr(value)
+        raise ValueError(f"{name} must be one number, not negative; got {got}.")
+    if not isinstance(value, Tracer) and not value >= 0:
+        raise ValueError(f"{name} must not be negative, got {value}.")
+
+
+def concrete(value: Any) -> np.ndarray | None:
+    """The value as a NumPy array, or None for a tracer."""
+    return None if isinstance(value, Tracer) else np.asarray(value)

@@ -1,0 +1,121 @@
+"""Small things that several emission families need."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PyTree
+from numpy.typing import ArrayLike
+
+from jaxem._core.checks import check_values
+
+# Expanded quadratics, ‖Wξ‖² − 2 b·Wξ + ‖b‖², cancel: rounding leaves about eps·‖b‖² in each. They
+# are used while d·max‖b‖² is below this, so that at most four digits go.
+EXPANSION_LIMIT = 5e3
+
+# A quadratic form in all pairs of features is used while the absolute terms of one observation sum
+# to less than this, so that it loses no more than three digits.
+TERMS_LIMIT = 1e3
+
+# How many units in the last place a sum of squares may be off.
+ROUNDINGS = 8
+
+
+def expansion_is_safe(offset: Float[Array, "k d"]) -> Array:
+    """Whether the expanded quadratic form keeps its digits at these offsets b."""
+    return offset.shape[1] * jnp.max(jnp.sum(offset**2, axis=1)) < EXPANSION_LIMIT
+
+
+def as_float(value: ArrayLike) -> Array:
+    """The value as a floating array: integers take JAX's default floating dtype."""
+    value = jnp.asarray(value)
+    return value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(float)
+
+
+def centroid(mean: Float[Array, "k d"]) -> Float[Array, " d"]:
+    """The mean of the component means, held fixed: any point near the data serves as origin."""
+    return jax.lax.stop_gradient(jnp.mean(mean, axis=0))
+
+
+def divide(a: Array, b: Array) -> Array:
+    """a / b, and 0 where b is not positive; with a derivative that is finite there."""
+    positive = b > 0
+    return jnp.where(positive, a / jnp.where(positive, b, 1), 0)
+
+
+def pseudo_count(name: str, value: ArrayLike, like: Array) -> Array:
+    """A prior's count, broadcast to `like`. Raises `ValueError` if it is negative."""
+    count = filled(name, value, like)
+    check_values(count >= 0, f"{name} must not be negative: no data could have had it.")
+    return count
+
+
+def filled(name: str, value: ArrayLike, like: Array) -> Array:
+    """The value in the shape and dtype of `like`. Raises `ValueError` if it does not broadcast."""
+    value = jnp.asarray(value, like.dtype)
+    try:
+        return jnp.broadcast_to(value, like.shape)
+    except ValueError:
+        raise ValueError(
+            f"{name} has shape {value.shape}; expected one that broadcasts to {like.shape}."
+        ) from None
+
+
+def resolves(deviation: Array, offset: Float[Array, "k d"]) -> Bool[Array, " k"]:
+    """Whether standard deviations exceed the rounding of the distances they are measured at."""
+    rounding = ROUNDINGS * jnp.finfo(offset.dtype).eps
+    return ~jnp.any(deviation < rounding * jnp.abs(offset), axis=1)
+
+
+def log_tiny(dtype: Any) -> float:
+    """The logarithm of the smallest normal number of a dtype."""
+    return math.log(jnp.finfo(dtype).tiny)
+
+
+def least_log_scale(like: Array) -> float:
+    """The log-scale whose variance is the smallest normal number of the dtype of `like`."""
+    return 0.5 * log_tiny(like.dtype)
+
+
+def is_count(x: Array) -> Array:
+    """Whether each number is finite, whole and not negative."""
+    return (x >= 0) & jnp.isfinite(x) & (x == jnp.floor(x))
+
+
+def factorial_remainder(x: Array) -> Array:
+    """s(x) = log x! − x log x + x, which stays small: ½ log 2πx + 1/(12x) − … for large x."""
+    large = x > 16
+    small = jnp.where(large | (x <= 0), 1, x)
+    direct = jax.scipy.special.gammaln(small + 1) - small * jnp.log(small) + small
+    big = jnp.where(large, x, 16)
+    inverse = 1 / big
+    tail = inverse * (1 / 12 - inverse**2 * (1 / 360 - inverse**2 * (1 / 1260 - inverse**2 / 1680)))
+    series = 0.5 * jnp.log(2 * math.pi * big) + tail
+    return jnp.where(large, series, jnp.where(x > 0, direct, 0))
+
+
+def finite(x: PyTree[Array]) -> Bool[Array, " n"]:
+    """Observations all of whose numbers are finite."""
+    flags = [
+        jnp.isfinite(leaf).reshape(leaf.shape[0], -1).all(axis=1) for leaf in jax.tree.leaves(x)
+    ]
+    return jnp.stack(flags).all(axis=0)
+
+
+def float_dtype(module: Any) -> Any:
+    """The floating dtype of a module's parameters."""
+    return jnp.result_type(*(leaf.dtype for leaf in jax.tree.leaves(module)))
+
+
+def half_deviance(x: Array, log_rate: Array) -> Array:
+    """x log(x/λ) − (x − λ), to full relative precision where x is near λ."""
+    rate = jnp.exp(log_rate)
+    positive = x > 0
+    safe = jnp.where(positive, x, 1)
+    excess = (rate - safe) / safe
+    near = jnp.abs(excess) < 0.5
+    log_ratio = jnp.where(near, jnp.log1p(jnp.where(near, excess, 0)), log_rate - jnp.log(safe))
+    return jnp.where(positive, (rate - x) - x * log_ratio, rate)

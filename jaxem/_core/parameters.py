@@ -1,0 +1,189 @@
+"""Modules whose parameters have names, and what follows from that for every one of them.
+
+A module declares in the class variable `parameters` which leaves stand behind each name. The
+parameters that are frozen stand in its static field `frozen`, as pairs (name, mask over components
+or None): static, so that two models of different structure are different types for JAX.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+Frozen = tuple[tuple[str, tuple[bool, ...] | None], ...]
+_T = TypeVar("_T")
+
+
+class Parametrized(eqx.Module):
+    """A module with named parameters, and perhaps with other such modules in its fields."""
+
+    parameters: eqx.AbstractClassVar[Mapping[str, Any]]
+    frozen: eqx.AbstractVar[Frozen]
+
+
+def replace(module: _T, **changes: Any) -> _T:
+    """A copy of an Equinox module with some fields changed.
+
+    Unlike `dataclasses.replace` it does not call `__init__`: constructors here take parameters,
+    while the fields are the unconstrained ones.
+    """
+    new = object.__new__(type(module))
+    for field in dataclasses.fields(module):  # pyright: ignore[reportArgumentType]
+        value = changes.pop(field.name) if field.name in changes else getattr(module, field.name)
+        object.__setattr__(new, field.name, value)
+    if changes:
+        raise TypeError(f"{type(module).__name__} has no field {sorted(changes)}.")
+    return new
+
+
+def frozen_mask(module: Any, name: str) -> bool | np.ndarray:
+    """Whether a parameter is frozen: True, False, or a mask over components."""
+    for frozen, mask in module.frozen:
+        if frozen == name:
+            return True if mask is None else np.asarray(mask)
+    return False
+
+
+def update(module: _T, **leaves: Any) -> _T:
+    """The module with new leaves, except in what is frozen, which stays as it is."""
+    owner = {leaf: name for name, p in module.parameters.items() for leaf in p.leaves}  # pyright: ignore[reportAttributeAccessIssue]
+    masks = {leaf: frozen_mask(module, owner[leaf]) for leaf in leaves if leaf in owner}
+    return replace(
+        module,
+        **{
+            leaf: where_rows(masks.get(leaf, False), getattr(module, leaf), new)
+            for leaf, new in leaves.items()
+        },
+    )
+
+
+def where_rows(mask: Any, chosen: Any, other: Any) -> Any:
+    """Rows of the leading axis of every leaf: `chosen` where the mask is True, else `other`."""
+    if mask is False or mask is True:
+        return chosen if mask else other
+
+    def one(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.where(jnp.reshape(mask, (-1,) + (1,) * (b.ndim - 1)), a, b)
+
+    return jax.tree.map(one, chosen, other)
+
+
+def free(module: Any, name: str) -> np.ndarray:
+    """Which entries of a parameter are free, along its leading axis: a NumPy mask."""
+    return np.broadcast_to(np.logical_not(frozen_mask(module, name)), (leading_size(module, name),))
+
+
+def leading_size(module: Any, name: str) -> int:
+    """The length of the leading axis of the leaves behind a parameter."""
+    behind = getattr(module, module.parameters[name].leaves[0])
+    return jax.tree.leaves(behind)[0].shape[0]
+
+
+def with_frozen(frame: _T, model: _T) -> _T:
+    """`frame`, with what is frozen taken from `model`: equal values, another derivative."""
+    for name, mask in frame.frozen if isinstance(frame, Parametrized) else ():
+        for leaf in frame.parameters[name].leaves:  # pyright: ignore[reportAttributeAccessIssue]
+            rows = True if mask is None else np.asarray(mask)
+            kept = where_rows(rows, getattr(model, leaf), getattr(frame, leaf))
+            frame = replace(frame, **{leaf: kept})
+    for field, own in _inner(frame):
+        other = getattr(model, field)
+        if isinstance(own, tuple):
+            merged: Any = tuple(with_frozen(a, b) for a, b in zip(own, other, strict=True))
+        else:
+            merged = with_frozen(own, other)
+        frame = replace(frame, **{field: merged})
+    return frame
+
+
+def _inner(module: Any) -> Iterator[tuple[str, Any]]:
+    """Fields that hold parameters of their own: a module, or a tuple of modules."""
+    for field in dataclasses.fields(module):
+        value = getattr(module, field.name)
+        parts = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(part, Parametrized) for part in parts):
+            yield field.name, value
+
+
+def inline(module: Any) -> dict[str, Any]:
+    """The factors that each stand behind one parameter of a module, by its name.
+
+    They are the fields whose names begin with an underscore: `_weights` is behind `weights`. One
+    without parameters gives values that follow from other parameters, and cannot be frozen.
+    """
+    return {field[1:]: value for field, value in _inner(module) if field.startswith("_")}
+
+
+def named_parameters(module: Any) -> dict[str, Any]:
+    """Parameters by name, nested as the modules are."""
+    named = {name: getattr(module, name) for name in module.parameters}
+    for field, value in _inner(module):
+        if field.startswith("_"):
+            named[field[1:]] = getattr(module, field[1:])
+        elif isinstance(value, tuple):
+            named[field] = {str(i): named_parameters(part) for i, part in enumerate(value)}
+        else:
+            named[field] = named_parameters(value)
+    return named
+
+
+def parameter_names(module: Any) -> list[str]:
+    """Paths to all parameters, as `freeze` takes them."""
+    names = list(module.parameters)
+    for field, value in _inner(module):
+        if field.startswith("_"):
+            names += [field[1:]] if value.parameters else []
+        elif isinstance(value, tuple):
+            names += [f"{field}.{i}.{n}" for i, p in enumerate(value) for n in parameter_names(p)]
+        else:
+            names += [f"{field}.{name}" for name in parameter_names(value)]
+    return names
+
+
+def free_numbers(model: _T) -> tuple[jax.Array, Callable[[jax.Array], _T]]:
+    """Unconstrained numbers of a model, and the way back, on which all else stays.
+
+    All else is what is frozen, and leaves behind no parameter, such as frames of inputs.
+    """
+    flat, unravel = ravel_pytree(model)
+    ones, zeros = (unravel(jnp.full_like(flat, value)) for value in (1.0, 0.0))
+    free, _ = ravel_pytree(with_frozen(_without_frames(ones), zeros))
+    return flat, lambda numbers: unravel(jnp.where(free > 0, numbers, flat))
+
+
+def _without_frames(module: _T) -> _T:
+    """The module with zeros in leaves behind no parameter; one without names has none."""
+    if isinstance(module, tuple):
+        return tuple(map(_without_frames, module))  # pyright: ignore[reportReturnType]
+    if not isinstance(module, Parametrized):
+        return module
+    behind = {leaf for p in module.parameters.values() for leaf in p.leaves}  # pyright: ignore[reportAttributeAccessIssue]
+    changes = {field: _without_frames(value) for field, value in _inner(module)}
+    for field in dataclasses.fields(module):  # pyright: ignore[reportArgumentType]
+        others = behind | changes.keys()
+        if field.name not in others and not field.metadata.get("static", False):
+            changes[field.name] = jax.tree.map(jnp.zeros_like, getattr(module, field.name))
+    return replace(module, **changes)
+
+
+def within_bounds(module: _T) -> _T:
+    """The module with parameters moved to where estimates lie, such as degrees of freedom."""
+    if isinstance(module, tuple):
+        return tuple(map(within_bounds, module))  # pyright: ignore[reportReturnType]
+    if not isinstance(module, Parametrized):
+        return module
+    leaves = {p.leaf: p.within(getattr(module, p.leaf)) for p in module.parameters.values()}
+    inner = {field: within_bounds(value) for field, value in _inner(module)}
+    return replace(update(module, **leaves), **inner)  # pyright: ignore[reportReturnType]
+
+
+def estimates(model: Any) -> Any:
+    """What a fit estimates: parameters by name, or a model's own `params`."""
+    return named_parameters(model) if isinstance(model, Parametrized) else model.params

@@ -1,0 +1,57 @@
+"""Readable accounts of models: parameters, not leaves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import equinox as eqx
+import numpy as np
+from jax.core import Tracer
+
+from jaxem._core.parameters import inline, named_parameters
+
+_MOST = 24  # numbers that are worth reading; larger arrays show their shape
+
+
+def describe(module: Any) -> str:
+    """`Mixture(weights=[0.36 0.64], components=Gaussian(…))`, one parameter a line."""
+    return _module(module, named_parameters(module), "")
+
+
+def _module(module: Any, parameters: dict[str, Any], indent: str) -> str:
+    comments = {name: _frozen(mask) for name, mask in module.frozen}
+    for name, factor in inline(module).items():
+        for _, mask in factor.frozen:
+            comments[name] = _frozen(mask)
+        if not factor.parameters:
+            comments[name] = f"  # {type(factor).__name__.lower()}"
+    inner = indent + "  "
+    lines = []
+    for name, value in parameters.items():
+        comment = ""
+        if isinstance(value, dict):
+            child = getattr(module, name)
+            if isinstance(child, tuple):
+                parts = (_module(part, value[str(i)], inner + "  ") for i, part in enumerate(child))
+                body = "(" + "".join(f"\n{inner}  {part}," for part in parts) + f"\n{inner})"
+            else:
+                body = _module(child, value, inner)
+        else:
+            body = numbers(value, len(inner) + len(name) + 1)
+            comment = comments.get(name, "")
+        comma = "," if len(lines) + 1 < len(parameters) else ""
+        lines.append(f"{inner}{name}={body}{comma}{comment}\n")
+    return f"{type(module).__name__}(\n" + "".join(lines) + f"{indent})"
+
+
+def _frozen(mask: tuple[bool, ...] | None) -> str:
+    return "  # frozen" + ("" if mask is None else f" where {list(map(int, mask))}")
+
+
+def numbers(value: Any, column: int) -> str:
+    """The numbers of an array that is written from this column on, or its shape."""
+    if not eqx.is_array(value):
+        return f"{type(value).__name__}[]"
+    if isinstance(value, Tracer) or value.size > _MOST:
+        return f"{value.dtype}[{','.join(str(size) for size in value.shape)}]"
+    return np.array2string(np.asarray(value), precision=5, prefix=" " * column)

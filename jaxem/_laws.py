@@ -1,0 +1,347 @@
+"""The ten laws of CONTRIBUTING.md, each a function of a model and data that raises what broke."""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Literal, jaxprs_in_params
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array
+
+from jaxem._core.blocks import num_observations
+from jaxem._core.freezing import freeze
+from jaxem._core.numerics import float_dtype
+from jaxem._core.parameters import estimates, named_parameters, parameter_names
+from jaxem._core.statistics import Framed
+from jaxem.em._algorithm import State
+from jaxem.em._em import EM
+from jaxem.em._fit import fit
+from jaxem.em._problem import Problem
+from jaxem.em._solution import RESULTS
+from jaxem.latents import Exact
+from jaxem.models._alone import as_model, shown
+from jaxem.models._base import AbstractModel, AbstractNamelessModel, all_finite, expected_sums
+from jaxem.models._functions import FunctionModel
+
+
+class NotApplicable(Exception):
+    """The law does not concern this model, for the reason that the message gives."""
+
+
+class Broken(Exception):
+    """The law is broken; the message says how."""
+
+
+def _require(holds: Any, otherwise: str) -> None:
+    if not bool(holds):
+        raise Broken(otherwise)
+
+
+def _e_step(model: Any, data: Any, sample_weight: Any = None) -> tuple[Framed, Array]:
+    return model.e_step(data, sample_weight, posterior=Exact())
+
+
+@eqx.filter_jit
+def _m_step(model: Any, statistics: Framed) -> Any:
+    return model.m_step(statistics)
+
+
+@eqx.filter_jit
+def _step(state: State, problem: Problem) -> State:
+    return EM().step(state, problem)
+
+
+@eqx.filter_jit
+def _score(model: Any, data: Any, sample_weight: Any) -> Any:
+    return jax.grad(lambda m: expected_sums(m, data, sample_weight, Exact(), None)[1])(model)
+
+
+@eqx.filter_jit
+def _gradient_of_q(model: Any, statistics: Framed) -> Any:
+    return jax.grad(lambda m: m.expected_log_prob(statistics))(model)
+
+
+@eqx.filter_jit
+def _at(statistics: Framed, frame: Any) -> Framed:
+    return statistics.at(frame)
+
+
+@eqx.filter_jit
+def _em_map(model: Any, data: Any, weight: Array, direction: Array) -> tuple[Array, Array]:
+    """The next model's estimates, and their derivative along a direction of the weights."""
+
+    def following(weight: Array) -> Array:
+        sums, _ = expected_sums(model, data, weight, Exact(), None)
+        return ravel_pytree(estimates(model.m_step(Framed(sums, model))))[0]
+
+    return jax.jvp(following, (weight,), (direction,))
+
+
+def _weighted_fit(model: Any, data: Any, weight: Array) -> Any:
+    return fit(model, data, sample_weight=weight, tol=1e-3, max_steps=20, throw=False)
+
+
+def _rows(data: Any, rows: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf[rows], data)
+
+
+def _near(what: str, a: Any, b: Any, tol: float, least: float = 1.0) -> str:
+    """Requires that two PyTrees agree relative to the largest number in each leaf, or `least`."""
+    worst = 0.0
+    for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        left, right = np.asarray(left, float), np.asarray(right, float)
+        gap = np.max(np.abs(left - right), initial=0) / max(least, np.max(np.abs(right), initial=0))
+        worst = max(worst, float(gap)) if np.isfinite(gap) else np.inf
+    _require(worst <= tol, f"{what} differ by {worst:.1e} (allowed {tol:.0e})")
+    return f"within {worst:.1e}"
+
+
+def _ones(model: Any, data: Any) -> Array:
+    return jnp.ones(num_observations(data), float_dtype(model))
+
+
+def _takes_weight(model: AbstractModel) -> bool:
+    return not isinstance(model, FunctionModel) or model.takes_sample_weight
+
+
+def _where(keep: Array, leaf: Array, other: Array) -> Array:
+    return jnp.where(keep.reshape((-1,) + (1,) * (leaf.ndim - 1)), leaf, other)
+
+
+def _plain(outcome: tuple[Framed, Array]) -> Any:
+    return outcome[0].sums, outcome[1]
+
+
+def _spoil(leaf: Array) -> Array:
+    """Data that no family accepts, in every observation; what is observed stays so."""
+    if leaf.dtype == jnp.bool_:
+        return leaf
+    bad = jnp.nan if jnp.issubdtype(leaf.dtype, jnp.inexact) else jnp.iinfo(leaf.dtype).min
+    return jnp.full_like(leaf, bad)
+
+
+def _spoil_first(data: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.at[0].set(_spoil(leaf)[0]), data)
+
+
+def _next(model: Any, data: Any) -> Any:
+    return _m_step(model, _e_step(model, data)[0])
+
+
+def _parameters(model: AbstractModel) -> list[str]:
+    """Names of parameters that can be frozen."""
+    if isinstance(model, AbstractNamelessModel):
+        raise NotApplicable("its parameters have no names")
+    return parameter_names(shown(model))
+
+
+def _additivity(model: Any, data: Any, tol: float) -> str:
+    """Unions are sums, weight 2 is twice, weight 0 is absence, reframing back is the identity."""
+    n = num_observations(data)
+    whole = _e_step(model, data)
+    first = _e_step(model, _rows(data, slice(0, n // 2)))
+    second = _e_step(model, _rows(data, slice(n // 2, n)))
+    found = _near(
+        "log-likelihoods of a union and of its parts", first[1] + second[1], whole[1], tol
+    )
+    parts = (first[0] + second[0]).sums
+    _near("statistics of a union and of its parts", parts, whole[0].sums, tol)
+    if _takes_weight(model):
+        keep = jnp.arange(n) < n // 2
+        weight = jnp.where(keep, 2.0, 0.0).astype(float_dtype(model))
+        spoilt = jax.tree.map(lambda leaf: _where(keep, leaf, _spoil(leaf)), data)
+        weighted = _plain(_e_step(model, spoilt, weight))
+        doubled = jax.tree.map(lambda leaf: 2 * leaf, _plain(first))
+        _near("weights 2 and 0, and observations given twice or not", weighted, doubled, tol)
+    statistics, other = whole[0], _next(model, data)
+    there = _at(statistics, other)
+    _near("statistics there and back", _at(there, model).sums, statistics.sums, tol)
+    double = jax.tree.map(lambda leaf: 2 * leaf, there.sums)
+    _near("twice the sums, reframed", _at(2.0 * statistics, other).sums, double, tol)
+    return found
+
+
+def _fisher(model: Any, data: Any, tol: float) -> str:
+    if isinstance(model, FunctionModel):
+        raise NotApplicable("its functions do not give its Q")
+    statistics, _ = _e_step(model, data)
+    score = _score(model, data, _ones(model, data))
+    of_q = _gradient_of_q(model, statistics)
+    return _near("the score and the gradient of Q", of_q, score, 10 * tol)
+
+
+def _ascent(model: Any, data: Any, tol: float) -> str:
+    problem = Problem(data)
+    state = EM().init(model, problem)
+    n = problem.num_observations
+    for number in range(1, 11):
+        after = _step(state, problem)
+        slack = tol * (n + abs(float(state.objective)))
+        _require(
+            after.objective >= state.objective - slack,
+            f"step {number} lowered the objective from {state.objective} to {after.objective}",
+        )
+        state = after
+    return "10 steps"
+
+
+def _free_leaves(model: Any, data: Any, tol: float) -> str:
+    _parameters(model)
+    other = _next(model, data)
+    for share in (0.5, -0.5, 1.5):
+        blend = jax.tree.map(lambda a, b, s=share: (1 - s) * a + s * b, model, other)
+        finite = all_finite(named_parameters(blend))
+        _require(finite, "a blend of two models has parameters that are not finite")
+        _require(jnp.isfinite(_e_step(blend, data)[1]), "a blend of two models has no likelihood")
+    return "three blends of two models"
+
+
+def _frozen(model: Any, data: Any, tol: float) -> str:
+    names = _parameters(model)
+    statistics, _ = _e_step(model, data)
+    for name in names:
+        frozen = as_model(freeze(shown(model), name), "check_model")
+        moved = _m_step(frozen, Framed(statistics.sums, frozen))
+        before, after = _lookup(shown(frozen), name), _lookup(shown(moved), name)
+        _require(jnp.array_equal(before, after), f"{name} moved although it is frozen")
+    return ", ".join(names)
+
+
+def _lookup(model: Any, path: str) -> Array:
+    for part in path.split("."):
+        model = model[int(part)] if part.isdigit() else getattr(model, part)
+    return model
+
+
+def _float32(model: Any, data: Any, tol: float) -> str:
+    if float_dtype(model) != jnp.float64:
+        raise NotApplicable("the model is not in float64; enable jax_enable_x64 to compare")
+
+    def cast(tree: Any) -> Any:
+        return jax.tree.map(_to_single, tree)
+
+    wide = fit(model, data, max_steps=20, tol=0.0, throw=False)
+    narrow = fit(cast(model), cast(data), max_steps=20, tol=0.0, throw=False)
+    n = num_observations(data)
+    found = _near("objectives per observation", narrow.objective / n, wide.objective / n, 1e-3)
+    tiny = float(jnp.finfo(jnp.float32).eps)
+    pair = estimates(narrow.model), estimates(wide.model)
+    return f"objective {found}, parameters " + _near("parameters", *pair, 1e-3, tiny)
+
+
+def _to_single(leaf: Array) -> Array:
+    return leaf.astype(jnp.float32) if leaf.dtype == jnp.float64 else leaf
+
+
+def _honest(model: Any, data: Any, tol: float) -> str:
+    solution = fit(model, data, max_steps=20, throw=False)
+    again = _e_step(as_model(solution.model, "check_model"), data)
+    last = solution.history[solution.num_steps]
+    _near("objective and last history entry", solution.objective, last, 0.0)
+    own = solution.statistics.sums
+    _near("statistics of the solution and of its model", own, again[0].sums, tol)
+    _near("log-likelihood of the solution and of its model", solution.log_likelihood, again[1], tol)
+    spoilt = fit(model, _spoil_first(data), max_steps=20, throw=False)
+    _require(spoilt.result == RESULTS.invalid_data, "a spoilt observation was not called invalid")
+    return "objective and statistics belong to the model"
+
+
+def _derivatives(model: Any, data: Any, tol: float) -> str:
+    """The scale of weights changes nothing; derivatives are differences, and finite at weight 0."""
+    if not _takes_weight(model):
+        raise NotApplicable("its E-step takes no sample_weight")
+    ones = _ones(model, data)
+    once, fourfold = _weighted_fit(model, data, ones), _weighted_fit(model, data, 4 * ones)
+    _require(once.num_steps == fourfold.num_steps, "weights of 4 change the number of steps")
+    single = ones.dtype != jnp.float64
+    step, allowed = (1e-2, 5e-2) if single else (1e-5, 1e-6)
+    direction = jnp.cos(jnp.arange(len(ones), dtype=ones.dtype))
+    after, _ = _em_map(model, data, ones + step * direction, direction)
+    before, _ = _em_map(model, data, ones - step * direction, direction)
+    _, slope = _em_map(model, data, ones, direction)
+    found = _near("a derivative and differences", slope, (after - before) / (2 * step), allowed)
+    score = _score(model, _spoil_first(data), ones.at[0].set(0))
+    _require(all_finite(score), "an observation of weight 0 spoils the gradient")
+    return f"a derivative and differences {found}"
+
+
+def _compile_once(model: Any, data: Any, tol: float) -> str:
+    """A fit of an equal model, with other numbers, runs the program of the first fit."""
+    weights: list[Any] = [None, None]
+    if _takes_weight(model):
+        weights = [_ones(model, data), 4 * _ones(model, data)]
+    other = copy.deepcopy(model)
+    _weighted_fit(model, data, weights[0])
+    compiled: list[str] = []
+
+    def listen(event: str, duration_secs: float, **kwargs: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        _weighted_fit(other, data, weights[1])
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    _require(not compiled, f"a second fit of an equal model compiled {len(compiled)} programs")
+    return "a second fit compiled nothing"
+
+
+def _memory(model: Any, data: Any, tol: float) -> str:
+    """The E-step of 2²⁸ observations, traced: no array has two numbers for each of them.
+
+    Its derivative may keep the data themselves.
+    """
+    if isinstance(model, FunctionModel):
+        raise NotApplicable("its functions see all the data at once")
+    n = 2**28
+
+    def many(leaf: Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((n, *leaf.shape[1:]), leaf.dtype)
+
+    def value(model: Any, data: Any, weight: Array) -> tuple[Array, Any]:
+        sums, value = model.expected_sums(data, weight, Exact(), None)
+        return value, sums
+
+    args = model, jax.tree.map(many, data), jax.ShapeDtypeStruct((n,), float_dtype(model))
+    of_data = max(int(np.prod(leaf.shape, dtype=object)) for leaf in jax.tree.leaves(args[1]))
+    programs = (value, n), (jax.value_and_grad(value, has_aux=True), of_data)
+    for program, most in programs:
+        shapes = list(_computed(jax.make_jaxpr(program)(*args).jaxpr))
+        worst = max(shapes, key=lambda shape: int(np.prod(shape, dtype=object)), default=())
+        _require(
+            int(np.prod(worst, dtype=object)) <= most,
+            f"an E-step of n = {n} observations holds an array of shape {worst}",
+        )
+    return "no array of n × k"
+
+
+def _computed(jaxpr: Any) -> Iterator[tuple[int, ...]]:
+    """The shapes of what a program computes and uses."""
+    used = {var for var in jaxpr.outvars if not isinstance(var, Literal)}
+    for equation in reversed(jaxpr.eqns):
+        if used.isdisjoint(equation.outvars) and not equation.effects:
+            continue
+        used.update(var for var in equation.invars if not isinstance(var, Literal))
+        yield from (var.aval.shape for var in equation.outvars)
+        for inner in jaxprs_in_params(equation.params):
+            yield from _computed(inner)
+
+
+LAWS: dict[str, Callable[[AbstractModel, Any, float], str]] = {
+    "additivity": _additivity,
+    "Fisher's identity": _fisher,
+    "ascent": _ascent,
+    "free leaves": _free_leaves,
+    "frozen is not updated": _frozen,
+    "float32 agrees": _float32,
+    "honest results": _honest,
+    "tolerance and derivatives": _derivatives,
+    "compile once": _compile_once,
+    "memory": _memory,
+}

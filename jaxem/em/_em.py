@@ -1,0 +1,230 @@
+"""EM as one class with three slots: expectation, accumulation, maximization.
+
+    data ──expectation──► statistics ──accumulation──► statistics ──maximization──► model
+
+Each classical variant is a choice of slots, not a loop of its own.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PyTree
+
+from jaxem._core.checks import name_of
+from jaxem._core.parameters import with_frozen
+from jaxem._core.statistics import Framed
+from jaxem.em._accumulation import AbstractAccumulation, Batch, Full
+from jaxem.em._algorithm import AbstractAlgorithm, State
+from jaxem.em._expectation import AbstractExpectation, Infer, as_expectation
+from jaxem.em._guard import no_worse
+from jaxem.em._maximization import AbstractMaximization, ClosedForm
+from jaxem.em._problem import Problem, as_problem
+from jaxem.em._traits import Traits
+from jaxem.models._base import AbstractModel, local_part, slope_part
+
+
+class EM(AbstractAlgorithm):
+    """Expectation–maximisation.
+
+    **Arguments:** `expectation`, such as `Exact()` or `Hard()`; `accumulation`, such as `Full()`;
+    `maximization`, such as `ClosedForm()`. A prior is added to the statistics before the M-step,
+    which gives the posterior mode (MAP-EM).
+
+    **Raises:** `ValueError` for something else in a slot, and for slots that exclude each other.
+
+    Dempster, Laird & Rubin (1977), JRSS B 39.
+    """
+
+    expectation: AbstractExpectation = eqx.field(converter=as_expectation, default=Infer())
+    accumulation: AbstractAccumulation = Full()
+    maximization: AbstractMaximization = ClosedForm()
+
+    def __check_init__(self):
+        for (slot, (kind, example)), value in zip(_SLOTS.items(), self._slots(), strict=True):
+            if not isinstance(value, kind):
+                got = f"{name_of(value)}{_place(value)}"
+                raise ValueError(f"the {slot} of EM is one such as {example}, got {got}.")
+        if self.maximization.traits.uses_objective and not self.accumulation.traits.full_data:
+            raise ValueError(
+                f"{type(self.accumulation).__name__} gives an M-step a part of the data, whose "
+                "objective is not that of all: climb Q, with objective=False, or use Full()."
+            )
+
+    def _slots(self) -> tuple[Any, Any, Any]:
+        return self.expectation, self.accumulation, self.maximization
+
+    @property
+    def traits(self) -> Traits:
+        return self.expectation.traits * self.accumulation.traits * self.maximization.traits
+
+    def init(self, model, problem, *, key=None):
+        problem = as_problem(problem, model)
+        step = jnp.zeros((), jnp.int32)
+        if not self.accumulation.traits.full_data and (part := local_part(model)):
+            raise ValueError(
+                f"{type(self.accumulation).__name__} remembers statistics of earlier models, but "
+                f"those of {part} hold only near the model that they were taken about; use Full()."
+            )
+        if not self.expectation.traits.deterministic and (part := slope_part(model)):
+            raise ValueError(
+                f"{part} has the slope of Q alone, so that a step along it must be judged by "
+                f"the objective, and {type(self.expectation).__name__} has none that two models "
+                "share; use Exact()."
+            )
+
+        def evaluate(batch: Batch, rows: PyTree[Array], key: Any) -> Any:
+            return self._evaluate(model, batch, rows, step, key)
+
+        rows = self.expectation.init(model, problem)
+        memory, statistics, log_likelihood, rows = self.accumulation.init(
+            model, evaluate, problem, rows, key
+        )
+        objective = log_likelihood + _log_prior(model, problem.prior)
+        start = self.maximization.init(model)
+        return State(statistics, log_likelihood, objective, step, rows, memory, start)
+
+    def step(self, state, problem, *, key=None):
+        if not isinstance(state, State):
+            raise ValueError(f"step takes the State that init gave, got {type(state).__name__}.")
+        problem = as_problem(problem, state.model)
+        new = self.whole_step(state, problem, key)
+        traits = self.traits
+        if not (traits.exact and local_part(state.model)):
+            return new
+        remembering = with_memory(state, new.maximization)
+
+        def expect(model: AbstractModel) -> State:
+            return self.expect(model, remembering, problem, key)
+
+        # Where the objective changes from step to step, this step's judges both ends.
+        old = state if traits.monotone else expect(state.model)
+        return no_worse(expect, old, new, problem)
+
+    def whole_step(self, state: State, problem: Problem, key: Array | None = None) -> State:
+        """A step that is never halved: the map whose fixed points are sought."""
+        model, memory = self.maximize(state, problem, key)
+        return self.expect(model, with_memory(state, memory), problem, key)
+
+    def finish(self, state, problem, *, key=None):
+        problem = as_problem(problem, state.model)
+        traits = self.traits
+        if traits.exact and traits.monotone:
+            return state
+        model = self._averaged(state, problem, key)
+        final = self.expectation.final
+        statistics, log_likelihood, rows = final(
+            model, problem, final.init(model, problem), state.step, None
+        )
+        return State(
+            statistics,
+            log_likelihood,
+            log_likelihood + _log_prior(model, problem.prior),
+            state.step,
+            rows,
+            state.accumulation,
+            state.maximization,
+        )
+
+    def _averaged(self, state: State, problem: Problem, key: Array | None) -> Any:
+        """The model at the mean statistics that the accumulation remembers, or the state's."""
+        found = self.accumulation.averaged(state.accumulation, state.step)
+        if found is None:
+            return state.model
+        mean, begun = found
+        at_mean = eqx.tree_at(lambda s: s.statistics, state, mean)
+        model, _ = self.maximize(at_mean, problem, key)
+        return jax.tree.map(lambda a, b: jnp.where(begun, a, b), model, state.model)
+
+    def conclusive(self, state):
+        step = state.step
+        memories = (state.expectation, state.accumulation, state.maximization)
+        each = [slot.conclusive(m, step) for slot, m in zip(self._slots(), memories, strict=True)]
+        return each[0] & each[1] & each[2]
+
+    def plain(self):
+        return EM(self.expectation, self.accumulation, ClosedForm())
+
+    def with_expectation(self, change):
+        return EM(change(self.expectation), self.accumulation, self.maximization)
+
+    def maximize(
+        self, state: State, problem: Problem, key: Array | None = None
+    ) -> tuple[AbstractModel, PyTree[Array]]:
+        """The M-step alone: the next model, and what the maximization remembers."""
+        _, e_step = self._batch(state, problem, key)
+
+        def evaluate(model: AbstractModel) -> tuple[Framed, Float[Array, ""]]:
+            new, log_likelihood, _ = e_step(model)
+            return new, log_likelihood + _log_prior(model, problem.prior)
+
+        prior = problem.prior
+        statistics = state.statistics if prior is None else state.statistics + prior
+        model, memory = self.maximization(statistics, state.maximization, evaluate)
+        return with_frozen(model, state.model), memory
+
+    def expect(
+        self, model: AbstractModel, state: State, problem: Problem, key: Array | None = None
+    ) -> State:
+        """The E-step alone: the state that follows `state` with this model."""
+        step, e_step = self._batch(state, problem, key)
+        new, log_likelihood, rows = e_step(model)
+        memory, statistics, log_likelihood = self.accumulation(
+            state.accumulation, new, log_likelihood, step
+        )
+        objective = log_likelihood + _log_prior(statistics.frame, problem.prior)
+        return State(statistics, log_likelihood, objective, step, rows, memory, state.maximization)
+
+    def _batch(
+        self, state: State, problem: Problem, key: Array | None
+    ) -> tuple[Array, Callable[[AbstractModel], Any]]:
+        """The number of the step that follows, and the E-step on its observations."""
+        select_key, key = (None, None) if key is None else jax.random.split(key)
+        step = state.step + 1
+        batch = self.accumulation.select(state.accumulation, problem, step, select_key)
+        return step, lambda model: self._evaluate(model, batch, state.expectation, step, key)
+
+    def _evaluate(
+        self, model: AbstractModel, batch: Batch, rows: PyTree[Array], step: Array, key: Any
+    ) -> tuple[Framed, Float[Array, ""], PyTree[Array]]:
+        """Statistics and objective of what a batch stands for, and all rows after it."""
+        at = batch.rows
+        own = rows if at is None else jax.tree.map(lambda leaf: leaf[at], rows)
+        new, objective, own = self.expectation(model, batch.problem, own, step, key)
+        new, objective = batch.scaled(new, objective)
+        if at is not None:
+            own = jax.tree.map(lambda leaf, part: leaf.at[at].set(part), rows, own)
+        return new, objective, own
+
+
+_SLOTS = {
+    "expectation": (AbstractExpectation, "Exact()"),
+    "accumulation": (AbstractAccumulation, "Full()"),
+    "maximization": (AbstractMaximization, "ClosedForm()"),
+}
+
+
+def _place(value: Any) -> str:
+    """Where something belongs that was given in another place."""
+    if isinstance(value, type) and issubclass(value, eqx.Module):
+        return f", a class: write {value.__name__}(…)"
+    if isinstance(value, AbstractAlgorithm):
+        return ", which goes around an EM, not into one"
+    if isinstance(value, optax.GradientTransformation):
+        return ": an Optax optimiser goes into maximization=Gradient(optimiser)"
+    for slot, (kind, _) in _SLOTS.items():
+        if isinstance(value, kind):
+            return f": write {slot}={type(value).__name__}(…)"
+    return ""
+
+
+def with_memory(state: State, memory: PyTree[Array]) -> State:
+    """The state, with something else remembered by the maximization."""
+    return eqx.tree_at(lambda s: s.maximization, state, memory, is_leaf=lambda leaf: leaf is None)
+
+
+def _log_prior(model: Any, prior: Framed | None) -> Float[Array, ""] | float:
+    return 0.0 if prior is None else model.expected_log_prob(prior)

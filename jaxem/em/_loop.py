@@ -1,0 +1,202 @@
+"""The loop of a fit: its start, one turn of it, and the verdict on its end.
+
+A turn is a step of the algorithm, and the stopping rule: a fit has converged when the objective
+gains, and the statistics move, by no more than `tol` per observation of weight.
+"""
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import equinox.internal as eqxi
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxem._core.checks import or_absent
+from jaxem._core.statistics import Framed, distance
+from jaxem.em._algorithm import AbstractAlgorithm, State
+from jaxem.em._problem import Problem
+from jaxem.em._progress import Progress
+from jaxem.em._solution import RESULTS, is_any
+from jaxem.latents import Exact
+from jaxem.models._base import AbstractModel, expected_sums
+
+
+class Inputs(NamedTuple):
+    """All that a fit is a function of, apart from settings; each part can carry a derivative."""
+
+    model: AbstractModel
+    problem: Problem
+    key: Array | None
+    tol: Float[Array, ""]
+
+    def key_at(self, step: Int[Array, ""]) -> Array | None:
+        return None if self.key is None else jax.random.fold_in(self.key, step)
+
+
+class Carry(eqx.Module):
+    """What one turn of the loop hands to the next."""
+
+    state: State
+    change: Float[Array, ""]
+    error: Float[Array, ""]
+    small_steps: Int[Array, ""]  # in a row
+    history: Float[Array, " max_steps+1"]
+    result: RESULTS
+    unfinished: Bool[Array, ""]
+
+
+class Loop(eqx.Module):
+    """A fit as a loop, each part a pure function of the inputs; an adjoint runs it."""
+
+    algorithm: AbstractAlgorithm
+    max_steps: int = eqx.field(static=True)
+    progress: Progress | None = None
+
+    def run(self, inputs: Inputs, **kind: Any) -> Carry:
+        """The final carry, by a while-loop; `kind` makes it one with a reverse mode."""
+        while_loop = eqxi.while_loop if kind else lax.while_loop
+
+        def turn(carry: Carry) -> Carry:
+            return advance(self, carry, inputs)
+
+        return while_loop(lambda carry: carry.unfinished, turn, self.start(inputs), **kind)
+
+    def start(self, inputs: Inputs) -> Carry:
+        return start(self, inputs)
+
+    def step(self, state: State, inputs: Inputs) -> State:
+        """A step of the algorithm."""
+        key = inputs.key_at(state.step + 1)
+        return self.algorithm.step(state, inputs.problem, key=key)
+
+    def plain_step(self, state: State, inputs: Inputs) -> State:
+        """A step of plain EM with the same fixed points."""
+        key = inputs.key_at(state.step + 1)
+        return self.algorithm.plain().whole_step(state, inputs.problem, key)
+
+
+def start(loop: Loop, inputs: Inputs) -> Carry:
+    """The carry before the first step, finished already if data or weights are invalid."""
+    model, problem = inputs.model, inputs.problem
+    if problem.prior is not None:
+        _check_prior(model, problem)
+    key = inputs.key_at(jnp.zeros((), jnp.int32))
+    state = loop.algorithm.init(model, problem, key=key)
+    result = RESULTS.where(
+        jnp.isfinite(state.objective), RESULTS.max_steps_reached, RESULTS.nonfinite
+    )
+    fits = jnp.all(or_absent(model.in_support(problem.data), problem.sample_weight))
+    result = RESULTS.where(fits, result, RESULTS.invalid_data)
+    result = RESULTS.where(
+        _valid_weight(problem.sample_weight), result, RESULTS.invalid_sample_weight
+    )
+    history = jnp.full(loop.max_steps + 1, jnp.nan, state.objective.dtype)
+    nan = jnp.full_like(state.objective, jnp.nan)
+    return Carry(
+        state=state,
+        change=nan,
+        error=nan,
+        small_steps=jnp.zeros((), jnp.int32),
+        history=history.at[0].set(state.objective),
+        result=result,
+        unfinished=(result == RESULTS.max_steps_reached) & (loop.max_steps > 0),
+    )
+
+
+def advance(loop: Loop, carry: Carry, inputs: Inputs) -> Carry:
+    """One step, how far it moved, and whether it is the last."""
+    traits, tol = loop.algorithm.traits, inputs.tol
+    old, new = carry.state, loop.step(carry.state, inputs)
+    total = inputs.problem.total_weight
+    gain = new.objective - old.objective
+    change = distance(new.statistics, old.statistics) / total
+    resolution = _resolution(new.statistics) / total
+    estimate = traits.exact and traits.stationary
+    error = _estimated_error(carry, change, resolution) if estimate else carry.error
+
+    rounding = jnp.finfo(gain.dtype).eps * (jnp.abs(old.objective) + total)
+    finite = jnp.isfinite(new.objective) & jnp.isfinite(change)
+    fell = jnp.asarray(traits.monotone) & (gain < -300 * rounding)
+    small = (tol > 0) & (change <= jnp.maximum(tol, resolution))
+    small = small & (jnp.abs(gain) <= jnp.maximum(tol * total, 10 * rounding))
+    small = small & loop.algorithm.conclusive(new)
+    small_steps = jnp.where(small, carry.small_steps + 1, 0)
+    converged = small_steps >= traits.period
+    failed = ~finite | fell
+    result = RESULTS.where(converged, RESULTS.converged, carry.result)
+    result = RESULTS.where(fell, RESULTS.decreased, result)
+    result = RESULTS.where(finite, result, RESULTS.nonfinite)
+
+    if loop.progress is not None:
+        loop.progress.emit(new.step, new.objective, change)
+    return Carry(
+        state=jax.tree.map(lambda a, b: jnp.where(failed, a, b), old, new),
+        change=jnp.where(failed, carry.change, change),
+        error=jnp.where(failed, carry.error, error),
+        small_steps=small_steps,
+        history=carry.history.at[new.step].set(jnp.where(failed, jnp.nan, new.objective)),
+        result=result,
+        unfinished=~(failed | converged) & (new.step < loop.max_steps),
+    )
+
+
+def verdict(result: RESULTS, state: State, prior: Framed | None) -> RESULTS:
+    """How the loop ended, or that its model is degenerate or not representable."""
+    model, statistics = state.model, state.statistics
+    combined = statistics if prior is None else statistics + prior
+    fixed_model, combined = jax.tree.map(lax.stop_gradient, (model, combined))
+    degenerate = jnp.any(fixed_model.degenerate(combined))
+    valid = ~is_any(result, RESULTS.invalid_data, RESULTS.invalid_sample_weight)
+    sound = model.representable() | ~valid | degenerate
+    result = RESULTS.where(sound, result, RESULTS.nonfinite)
+    return RESULTS.where(degenerate & valid, RESULTS.degenerate, result)
+
+
+def _estimated_error(carry: Carry, change: Array, resolution: Array) -> Float[Array, ""]:
+    """The distance left, change · ρ / (1 − ρ), with ρ the ratio of the last two changes."""
+    ratio = change / carry.change
+    error = jnp.where(ratio < 1, change * ratio / (1 - ratio), jnp.inf)
+    error = jnp.where(jnp.isnan(carry.change), jnp.nan, jnp.where(change > 0, error, 0))
+    # Changes as small as rounding have no rate: keep the last estimate that had one.
+    noise = (change <= 10 * resolution) & jnp.isfinite(carry.error)
+    return jnp.where(noise, carry.error, error)
+
+
+def _resolution(statistics: Framed) -> Float[Array, ""]:
+    """How far the statistics move if each parameter moves by its own rounding."""
+    eps = {leaf.dtype: jnp.finfo(leaf.dtype).eps for leaf in jax.tree.leaves(statistics.frame)}
+    nudged = jax.tree.map(lambda leaf: leaf * (1 + eps[leaf.dtype]), statistics.frame)
+    return distance(statistics.at(nudged), Framed(statistics.sums, nudged))
+
+
+def _valid_weight(sample_weight: Float[Array, " n"] | None) -> Bool[Array, ""]:
+    if sample_weight is None:
+        return jnp.asarray(True)
+    return jnp.all((sample_weight >= 0) & jnp.isfinite(sample_weight)) & jnp.any(sample_weight > 0)
+
+
+def _check_prior(model: AbstractModel, problem: Problem) -> None:
+    """Raises `ValueError` at trace time unless the prior's statistics are those of the model."""
+
+    def own() -> Framed:
+        data, weight = problem.data, problem.sample_weight
+        return Framed(expected_sums(model, data, weight, Exact(), None)[0], model)
+
+    if _kind(jax.eval_shape(own)) != _kind(problem.prior):
+        raise ValueError(
+            "prior does not belong to this model: it was made by another family, or for other "
+            "numbers of components or features. It comes from this model's model.prior(…); a "
+            "prior of the components goes in as model.prior(components=…)."
+        )
+
+
+def _kind(tree: Any) -> Any:
+    """The types in a tree and the shapes of its arrays; frozen or not makes no difference."""
+    if isinstance(tree, jax.Array | jax.ShapeDtypeStruct):
+        return tree.shape
+    if tree is None or jax.tree_util.all_leaves([tree]):
+        return None
+    parts = jax.tree.leaves(tree, is_leaf=lambda node: node is not tree)
+    return type(tree), tuple(_kind(part) for part in parts)

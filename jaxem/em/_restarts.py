@@ -1,0 +1,207 @@
+"""Many starts: fitted in batches that fit in memory, short runs first if wanted."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jaxtyping import Array, Float, PyTree
+
+from jaxem._core.blocks import as_arrays, lanes_at_once
+from jaxem._core.checks import check_count, name_of
+from jaxem._core.statistics import Framed
+from jaxem.em._algorithm import AbstractAlgorithm
+from jaxem.em._em import EM
+from jaxem.em._fit import fit
+from jaxem.em._problem import Problem
+from jaxem.em._solution import Solution, best, lane_order
+from jaxem.models._alone import as_model
+
+
+def fit_best(
+    init: Callable[..., Any],
+    key: Array,
+    data: PyTree[Array],
+    *args: Any,
+    num_starts: int = 10,
+    algorithm: AbstractAlgorithm = EM(),
+    sample_weight: Float[Array, " n"] | None = None,
+    prior: Framed | None = None,
+    short_steps: int | None = None,
+    num_polished: int = 5,
+    tol: float | None = None,
+    max_steps: int = 1000,
+    **options: Any,
+) -> Solution:
+    """The best of many fits, each from a random start of its own.
+
+        best = jaxem.fit_best(jaxem.Mixture.init, key, x, 3, Gaussian, num_starts=100)
+
+    **Arguments:**
+
+    - `init(key, data, *args, **options)` makes one start, as `Mixture.init`, `HMM.init`,
+      `HSMM.init`, `MixtureOfExperts.init` or a function of one's own does. It is vmapped over
+      keys. Where `sample_weight` is given it receives that too.
+    - `key`: of the starts, and of algorithms that draw random numbers.
+    - `num_starts`: how many.
+    - `algorithm`, `sample_weight`, `prior`, `tol` and `max_steps` as for `fit`.
+    - `short_steps` and `num_polished` as for `fit_restarts`.
+
+    **Returns:** the solution that `best` picks.
+
+    **Raises:** `ValueError` as `init` and `fit` do.
+    """
+    if isinstance(init, type) or not callable(init):
+        raise ValueError(
+            "fit_best takes a function that makes a start from a key and data, such as "
+            f"jaxem.Mixture.init; got {name_of(init)}."
+        )
+    check_count("num_starts", num_starts)
+    data, sample_weight = as_arrays(data), as_arrays(sample_weight)
+    if sample_weight is not None:
+        options["sample_weight"] = sample_weight
+    start_key, fit_key = jax.random.split(key)
+    models = jax.vmap(lambda own: init(own, data, *args, **options))(
+        jax.random.split(start_key, num_starts)
+    )
+    solutions = fit_restarts(
+        models,
+        data,
+        algorithm,
+        short_steps=short_steps,
+        num_polished=min(num_polished, num_starts),
+        sample_weight=sample_weight,
+        prior=prior,
+        key=fit_key,
+        tol=tol,
+        max_steps=max_steps,
+    )
+    return best(solutions)
+
+
+def fit_restarts(
+    models: Any,
+    data: PyTree[Array],
+    algorithm: AbstractAlgorithm = EM(),
+    *,
+    short_steps: int | None = None,
+    num_polished: int = 5,
+    sample_weight: Float[Array, " n"] | None = None,
+    prior: Framed | None = None,
+    key: Array | None = None,
+    tol: float | None = None,
+    max_steps: int = 1000,
+) -> Solution:
+    """Fits from every one of many starts; `jaxem.best` picks one of the solutions.
+
+    Lanes run in batches, as many at once as keep the platform busy within its memory; each stops
+    by itself and never raises: its outcome is in `result`.
+
+    **Arguments:** as for `fit`, but
+
+    - `models`: a model with one leading axis on every leaf, as `jax.vmap` over `init` gives.
+    - `key`: for algorithms that draw random numbers; each lane draws its own.
+    - `short_steps`: if given, every start first takes only so many steps, and the
+      `num_polished` best of those runs are then fitted to the end (emEM: Biernacki, Celeux &
+      Govaert 2003, CSDA 41). The solutions are then those of the polished lanes.
+
+    **Returns:** a batch of solutions.
+
+    **Raises:** `ValueError` as `fit` does, or if the models have no leading axis in common.
+    """
+    num_lanes = _num_lanes(models)
+    problem = data if isinstance(data, Problem) else Problem(data, sample_weight, prior)
+    short_key, key = (None, None) if key is None else jax.random.split(key)
+    if short_steps is None:
+        return _fit_lanes(models, problem, algorithm, key, tol, max_steps)
+    if not 1 <= num_polished <= num_lanes:
+        raise ValueError(f"num_polished must be between 1 and {num_lanes}, got {num_polished}.")
+    runs = _fit_lanes(models, problem, algorithm, short_key, tol, short_steps)
+    chosen = lane_order(runs)[:num_polished]
+    models = jax.tree.map(lambda leaf: leaf[chosen], runs.model)
+    return _fit_lanes(models, problem, algorithm, key, tol, max_steps)
+
+
+def _fit_lanes(
+    models: Any,
+    problem: Problem,
+    algorithm: AbstractAlgorithm,
+    key: Array | None,
+    tol: float | None,
+    max_steps: int,
+) -> Solution:
+    """Every lane fitted: side by side in batches, or one after another."""
+    num_lanes = _num_lanes(models)
+    keys = None if key is None else jax.random.split(key, num_lanes)
+    first = jax.eval_shape(lambda m: jax.tree.map(lambda leaf: leaf[0], m), models)
+    model = as_model(first, "fit_restarts")
+    numbers = problem.num_observations * model.width(problem.data)
+    batch = _side_by_side(num_lanes, numbers, model.serial_steps(problem.data))
+    given = (models, keys), problem, algorithm, tol, max_steps
+    if batch > 1 or any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(given)):
+        return _fit_batches(*given, batch)
+    # on CPU a loop inside one program would be slower: XLA runs what is nested on other threads
+    arrays, rest = eqx.partition(given, eqx.is_array)
+    leaves, kind = jax.tree.flatten(rest)
+    lanes = [_fit_lane(kind, tuple(leaves), arrays, index) for index in np.arange(num_lanes)]
+    return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *lanes)
+
+
+@eqx.filter_jit
+def _fit_batches(
+    lanes: Any,
+    problem: Problem,
+    algorithm: AbstractAlgorithm,
+    tol: float | None,
+    max_steps: int,
+    batch: int,
+) -> Solution:
+    def one(lane: Any) -> Solution:
+        return _fit_one(lane, problem, algorithm, tol, max_steps)
+
+    return lax.map(one, lanes, batch_size=batch)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))  # called often: `filter_jit` takes longer
+def _fit_lane(kind: Any, leaves: tuple[Any, ...], arrays: Any, index: Any) -> Solution:
+    lanes, *given = eqx.combine(arrays, jax.tree.unflatten(kind, leaves))
+    return _fit_one(jax.tree.map(lambda leaf: leaf[index], lanes), *given)
+
+
+def _fit_one(
+    lane: Any, problem: Problem, algorithm: AbstractAlgorithm, tol: float | None, max_steps: int
+) -> Solution:
+    model, key = lane
+    return fit(model, problem, algorithm, key=key, tol=tol, max_steps=max_steps, throw=False)
+
+
+def _side_by_side(lanes: int, numbers: int, serial_steps: int) -> int:
+    """How many lanes run at once, each of so many numbers.
+
+    On CPU a batch saves the overhead of small operations, but its operations are slower: from
+    2¹³ numbers at a time on, lanes are faster one after another. The others stay in cache.
+    """
+    if jax.default_backend() != "cpu":
+        return lanes_at_once(lanes, numbers)
+    return 1 if numbers // serial_steps >= 2**13 else lanes_at_once(lanes, 8 * numbers)
+
+
+def _num_lanes(models: Any) -> int:
+    if not isinstance(models, eqx.Module):
+        raise ValueError(
+            f"fit_restarts expects models stacked along a leading axis, as from jax.vmap over "
+            f"init; got {type(models).__name__}."
+        )
+    sizes = {leaf.shape[:1] for leaf in jax.tree.leaves(models)}
+    if len(sizes) != 1 or () in sizes:
+        raise ValueError(
+            "the leaves of the models share no leading axis: make them by jax.vmap over init, as "
+            f"jax.vmap(lambda k: Mixture.init(k, …))(jax.random.split(key, 100)), or use "
+            f"jaxem.fit_best; sizes {sizes}."
+        )
+    return next(iter(sizes))[0]

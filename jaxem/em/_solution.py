@@ -1,0 +1,162 @@
+"""What a fit returns."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxem._core.statistics import Framed
+
+
+class RESULTS(eqx.Enumeration):
+    """How a fit ended. Under vmap each lane has a result of its own."""
+
+    converged = ""
+    max_steps_reached = (
+        "The fit did not converge within max_steps: raise max_steps, or tol if the error is small "
+        "enough already."
+    )
+    nonfinite = (
+        "The fit met a NaN or an infinity; the state before that step is returned. Likely a "
+        "parameter that the dtype cannot represent (rescale the data or use float64), or a start "
+        "at which the data are impossible."
+    )
+    decreased = (
+        "The objective fell by more than rounding; the state before that step is returned. Likely "
+        "the M-step does not maximise, or the E-step does not belong to the same model."
+    )
+    degenerate = (
+        "A component rests on too few observations or on hardly any variance, where the "
+        "likelihood may have no bound: try other starts, fewer components, a shared covariance or "
+        "a prior; if a component is meant to be so narrow, lower min_spread."
+    )
+    invalid_data = (
+        "The data hold a NaN, an infinity or a value outside the family's support; give such "
+        "observations weight 0, or remove them. (Of sequences, model.first_impossible(data) gives "
+        "the step.)"
+    )
+    invalid_sample_weight = (
+        "sample_weight holds a NaN, an infinity or a negative number, or no positive one."
+    )
+
+
+STATUSES = (
+    "converged",
+    "max_steps_reached",
+    "nonfinite",
+    "decreased",
+    "degenerate",
+    "invalid_data",
+    "invalid_sample_weight",
+)
+
+
+class Solution(eqx.Module):
+    """A fitted model and how it was reached.
+
+    For accumulations over all the data, `statistics`, `objective`, `log_likelihood` and
+    `history[num_steps]` belong to exactly the returned `model`.
+
+    - `model`: what was fitted: a model, or an emission that was fitted alone.
+    - `objective`: what the fit climbs, log-likelihood (or the bound that the expectation gives:
+      the classification log-likelihood for `Hard`) plus log-prior, up to a constant.
+    - `log_likelihood`: the objective without the prior.
+    - `history`: the objective after 0, 1, … steps; NaN after `num_steps`.
+    - `error`: estimated distance of the statistics, per observation of weight, from the fixed
+      point: change · ρ / (1 − ρ), with ρ the ratio of the last two changes. NaN before two steps,
+      and where their ratio means nothing (accelerated, incremental and random steps); inf while
+      changes do not shrink.
+    - `result`: a member of `RESULTS`; `converged` and `status` say it in a boolean and a word.
+    - `set_aside`: how many lanes with a higher objective `best` passed over.
+    """
+
+    model: Any
+    objective: Float[Array, ""]
+    log_likelihood: Float[Array, ""]
+    statistics: Framed
+    history: Float[Array, " max_steps+1"]
+    num_steps: Int[Array, ""]
+    error: Float[Array, ""]
+    result: RESULTS
+    set_aside: Int[Array, ""]
+
+    @property
+    def converged(self) -> Bool[Array, ""]:
+        """Whether the fit converged, lane by lane."""
+        return self.result == RESULTS.converged
+
+    @property
+    def status(self) -> Any:
+        """The name of the result, such as `"converged"`; of a batch of fits, an array of names."""
+        flags = [np.asarray(self.result == getattr(RESULTS, name)) for name in STATUSES]
+        index = np.argmax(flags, axis=0)
+        names = np.array(STATUSES)[index]
+        return names if np.ndim(index) else str(names)
+
+    def __repr__(self) -> str:
+        return _summary(self)
+
+
+def best(solutions: Solution) -> Solution:
+    """The best lane of a batch of fits, such as `fit_restarts` or `jax.vmap` over starts gives.
+
+    Lanes that ended well come first, then degenerate ones, then those that failed, each by
+    objective; `set_aside` counts the lanes passed over although their objective was higher. The
+    lane returned is NaN only if all are.
+
+    **Raises:** `ValueError` for something else than a batch of solutions.
+    """
+    if not isinstance(solutions, Solution):
+        raise ValueError(
+            "best expects the Solution of many lanes, as from fit_restarts or jax.vmap(fit); got "
+            f"{type(solutions).__name__}."
+        )
+    if jnp.ndim(solutions.objective) != 1:
+        raise ValueError(
+            "best expects solutions with one leading axis, as from jax.vmap(fit) or "
+            f"fit_restarts; got an objective of shape {jnp.shape(solutions.objective)}."
+        )
+    objective = solutions.objective
+    winner = lane_order(solutions)[0]
+    above = jnp.isfinite(objective) & (objective > objective[winner])
+    chosen = jax.tree.map(lambda leaf: leaf[winner], solutions)
+    return eqx.tree_at(lambda s: s.set_aside, chosen, jnp.sum(above).astype(jnp.int32))
+
+
+def lane_order(solutions: Solution) -> Int[Array, " lanes"]:
+    """Lanes from best to worst: sound ones, degenerate ones, failed ones, each by objective."""
+    objective = solutions.objective
+    finite = jnp.isfinite(objective)
+    sound = is_any(solutions.result, RESULTS.converged, RESULTS.max_steps_reached)
+    degenerate = solutions.result == RESULTS.degenerate
+    rank = jnp.where(finite, jnp.where(sound, 3, jnp.where(degenerate, 2, 1)), 0)
+    return jnp.lexsort((-jnp.where(finite, objective, -jnp.inf), -rank))
+
+
+def is_any(result: RESULTS, *members: RESULTS) -> Array:
+    """Whether a result is one of several members, lane by lane."""
+    return jnp.any(jnp.stack([result == member for member in members]), axis=0)
+
+
+def _summary(solution: Solution) -> str:
+    """A readable account of a solution, or a count of results for a batch of them."""
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(solution)):
+        return f"Solution(model={type(solution.model).__name__}, traced)"
+    if np.ndim(solution.objective):
+        names = list(np.ravel(solution.status))
+        ended = ", ".join(f"{names.count(n)} {n}" for n in STATUSES if n in names)
+        return f"Solutions of {np.size(solution.objective)} fits: {ended}"
+    error = float(solution.error)
+    lines = [
+        f"Solution: {solution.status} after {int(solution.num_steps)} steps",
+        f"  log-likelihood {float(solution.log_likelihood):.6g}, objective "
+        f"{float(solution.objective):.6g}"
+        + ("" if np.isnan(error) else f", estimated error {error:.1e}"),
+    ]
+    if int(solution.set_aside):
+        lines.append(f"  {int(solution.set_aside)} higher but unsound fits were set aside")
+    return "\n".join([*lines, "  " + repr(solution.model).replace("\n", "\n  ")])

@@ -1,0 +1,160 @@
+"""What regressions with a link function share: generalised linear models.
+
+With η = W u + b, log p = Σ_d [y η − A(η)] up to a term in y. There are no sufficient statistics:
+sums are a quadratic about the frame θ₀, in steps δ = θ − θ₀ of the coefficients of ṽ = (1, v), the
+inputs about their own mean and scale (`_core/inputs.py`),
+
+    Q ≈ value + g·δ − ½ δᵀ H δ,    g = Σ r (y − A′(η)) ṽ,    H = Σ r w(η) ṽ ṽᵀ.
+
+A tilt adds to the coefficients, and w(η) ṽᵀ T ṽ, which is zero, to the density. Reframing moves the
+point of expansion, exactly. M-step: δ = H⁻¹ g. At a fixed point g = 0 whatever H is, so that
+implicit derivatives are exact.
+
+Wedel & DeSarbo (1995), J. Classification 12; Green (1984), JRSS B 46 (IRLS).
+"""
+
+import abc
+from typing import Any, ClassVar, Self
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+from numpy.typing import ArrayLike
+
+from jaxem._core import linalg as la
+from jaxem._core.blocks import weighted_mean
+from jaxem._core.inputs import InputFrame
+from jaxem._core.numerics import divide, pseudo_count
+from jaxem._core.parameters import replace, update
+from jaxem._core.quadratic import AbstractLocal, Blocks, LocalQuadratic, shortened, square_tilt
+from jaxem._core.statistics import Framed
+from jaxem.emissions._regression_base import (
+    COEFFICIENTS,
+    INTERCEPT,
+    AbstractRegression,
+    repeat_coefficients,
+)
+
+
+class AbstractGeneralizedLinear(AbstractRegression, AbstractLocal):
+    """Regressions with a link; a family adds its density, its curvature and its unit.
+
+    Sums are a `LocalQuadratic` in the coefficients of ṽ times the unit, which makes it
+    dimensionless: score (k, d, q), curvature in blocks (k, d, q, q).
+    """
+
+    parameters: ClassVar = {"coefficients": COEFFICIENTS, "intercept": INTERCEPT}
+    has_curvature: ClassVar[bool] = True
+    pooled_steps: ClassVar[int] = 25
+    max_step: eqx.AbstractClassVar[float]  # root mean square of a step's change of η
+
+    @abc.abstractmethod
+    def log_prob_of(self, eta: Float[Array, "k d n"], y: Float[Array, "d n"]) -> Array:
+        """log p(y | η), each feature by itself."""
+
+    @abc.abstractmethod
+    def weight_of(self, eta: Float[Array, "k d n"]) -> Array:
+        """w(η)."""
+
+    @abc.abstractmethod
+    def unit(self) -> Float[Array, "k d"]:
+        """The square root of w at the mean of the inputs."""
+
+    @classmethod
+    @abc.abstractmethod
+    def link(cls, mean: Array) -> Array:
+        """The η at which the mean of y is this."""
+
+    def tilt(self) -> LocalQuadratic:
+        k, d, p = self.coefficients.shape
+        zeros = jnp.zeros((k, d, 1 + p, 1 + p), self.intercept.dtype)
+        return LocalQuadratic(zeros[0, 0, 0, 0], zeros[:, 0, 0, 0], zeros[:, :, 0], Blocks(zeros))
+
+    def log_prob(self, x: Any, tilt: LocalQuadratic) -> Float[Array, "n k"]:
+        unit = self.unit()[:, :, None]
+        y = x[1].astype(self.intercept.dtype).T
+        eta = self.eta(self.centred() + tilt.score / unit, x)
+        curvature = tilt.curvature.matrix / unit[..., None] ** 2
+        square = square_tilt(curvature, self.inputs.standardized(x[0])[:, None])
+        log_prob = self.log_prob_of(eta, y) + self.weight_of(eta) * square
+        return (la.repeat(tilt.count, y.shape[1]) + jnp.sum(log_prob, axis=1)).T
+
+    def reframe(self, sums: LocalQuadratic, old: Self) -> LocalQuadratic:
+        unit = old.unit()[:, :, None]
+        step = old.inputs.centred(
+            self.coefficients - old.coefficients, self.intercept - old.intercept
+        )
+        turn = self.inputs.turn_from(old.inputs)[:, None]
+        turn = turn * (unit / self.unit()[:, :, None])[..., None]
+        return sums.moved(unit * step).turned(turn)
+
+    def m_step(self, sums: LocalQuadratic) -> Self:
+        curvature = sums.curvature.matrix
+        step = sums.maximum(self.inputs.free_directions(self)[:, None])
+        # A change of η by more than this, in the mean over observations, is beyond the quadratic.
+        # With collinear inputs it is less than their coefficients say, with a prior less than H
+        # says.
+        unit = self.unit()[:, :, None]
+        by_curvature = divide(sums.square(step)[:, :, None], curvature[:, :, :1, 0])
+        reach = jnp.minimum(jnp.sum(step**2, axis=2, keepdims=True), by_curvature)
+        step = shortened(step, reach, self.max_step**2 * unit**2)
+        coefficients, intercept = self.inputs.uncentred(step / unit)
+        new = update(
+            self,
+            coefficients=self.coefficients + coefficients,
+            intercept=self.intercept + intercept,
+        )
+        return replace(new, inputs=self.inputs.moved(jnp.sum(curvature, axis=1)))
+
+    def expected_log_prob(self, sums: LocalQuadratic) -> Float[Array, ""]:
+        return sums.value
+
+    def prior(
+        self,
+        *,
+        precision: ArrayLike = 0.0,
+        intercept_precision: ArrayLike = 0.0,
+        coefficients: ArrayLike = 0.0,
+        intercept: ArrayLike = 0.0,
+    ) -> Framed:
+        """Normal priors of the coefficients, as pseudo-statistics; a ridge by default.
+
+        **Arguments:** the means `coefficients`, broadcasting to (k, d, p), and `intercept`, to
+        (k, d); their precisions ≥ 0, which broadcast likewise.
+
+        **Raises:** `ValueError` for a negative precision, or means that are not finite.
+        """
+        frame = self.with_parameters(coefficients=coefficients, intercept=intercept)
+        frame = replace(frame, inputs=InputFrame.at_zero(self.coefficients))
+        own = pseudo_count("intercept_precision", intercept_precision, self.intercept)
+        others = pseudo_count("precision", precision, self.coefficients)
+        diagonal = jnp.concatenate([own[:, :, None], others], axis=2)
+        diagonal = diagonal / frame.unit()[:, :, None] ** 2
+        blocks = Blocks(diagonal[..., None] * np.eye(diagonal.shape[2], dtype=diagonal.dtype))
+        return Framed(self.tilt()._replace(curvature=blocks), frame)
+
+    def degenerate(self, sums: LocalQuadratic) -> Bool[Array, " k"]:
+        return sums.count < np.maximum(self.num_fitted(), 1)
+
+    @classmethod
+    def level(cls, x, sample_weight):
+        """The mean of the outputs, and half an observation of their middle."""
+        u, y, *exposure = x
+        dtype = sample_weight.dtype
+        n = jnp.sum(sample_weight)
+        mean = (n * weighted_mean(y.astype(dtype), sample_weight) + 0.5) / (n + 1)
+        offset = jnp.log(weighted_mean(exposure[0], sample_weight)) if exposure else 0
+        d, p = y.shape[1], u.shape[1]
+        flat = cls(jnp.zeros((1, d, p), dtype), jnp.zeros((1, d), dtype))  # pyright: ignore[reportCallIssue]
+        level = (cls.link(mean) - offset)[None]
+        return replace(flat, intercept=level, inputs=InputFrame.pooled(u, sample_weight))
+
+    def shift_to(self, x):
+        """Half-way to each observation: at a bit no logit is finite."""
+        y = x[1].astype(self.intercept.dtype)
+        eta = self.eta(self.centred(), x)[0].T
+        return self.link(0.5 * (y + self.mean_of(eta))) - eta
+
+    def repeated(self, num_components: int, spread: Array) -> Self:
+        return replace(self, **repeat_coefficients(self, num_components))

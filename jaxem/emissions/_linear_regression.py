@@ -1,0 +1,245 @@
+"""Linear regressions with Gaussian residuals: y | u, z = k ~ N(Wₖ u + bₖ, Σₖ).
+
+E-step. With Σ = L Lᵀ, v the inputs about their own mean and scale (`_core/inputs.py`) and
+t = (1, v, z) of whitened residuals z = L⁻¹(y − W u − b),
+
+    log p = −½‖z‖² − log|L| − ½ d log 2π.
+
+Statistics are Σ r t tᵀ, moments of inputs and residuals about the component's own regression. In
+another frame t′ = R t: reframing is a congruence.
+
+M-step. With M = Σr ṽ ṽᵀ, G = Σr z ṽᵀ and S = Σr z zᵀ the blocks of the moments, ṽ = (1, v):
+
+    δ = G M⁻¹,    (b + W c, W s) ← (b + W c, W s) + L δ,    Σ ← L (S − Gδᵀ − δGᵀ + δMδᵀ) Lᵀ / n.
+
+Collinear inputs, and inputs that do not vary in a component, are no error: the coefficients of
+those that the intercept and the inputs before them explain stay where they are.
+
+DeSarbo & Cron (1988), J. Classification 5; for HMMs, Hamilton (1990), J. Econometrics 45.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+from numpy.typing import ArrayLike
+
+from jaxem._core import linalg as la
+from jaxem._core.blocks import weighted_mean
+from jaxem._core.constraints import leaves_of
+from jaxem._core.dense_scales import FullScale, full_scale, pooled_full_scale
+from jaxem._core.inputs import InputFrame
+from jaxem._core.joint_moments import JointMoments
+from jaxem._core.numerics import centroid, pseudo_count, resolves
+from jaxem._core.parameters import Frozen, free, replace, update
+from jaxem._core.quadratic import square_tilt
+from jaxem._core.scales import MIN_SPREAD, ScaleParameter
+from jaxem._core.statistics import Framed
+from jaxem._core.supports import reals
+from jaxem.emissions._regression_base import (
+    COEFFICIENTS,
+    INTERCEPT,
+    AbstractRegression,
+    repeat_coefficients,
+)
+
+_COUNTED = ("intercept", "covariance")  # what a prior counts observations of
+
+
+class LinearRegression(AbstractRegression):
+    """Regressions of outputs on inputs, with Gaussian residuals. Data: a tuple (u, y).
+
+    With lagged outputs as inputs (`Sequences.lagged`) an HMM of it is an autoregressive HMM.
+    The density is that of y given u: it says nothing of u.
+
+    **Arguments:** `coefficients` (k, d, p); `intercept` (k, d), the value at u = 0; `covariance`
+    (k, d, d) of the residuals, or (d, d) shared by all components; `min_spread`: a component whose
+    residual variance along some direction is below this fraction of the average is degenerate.
+    Data: inputs u (n, p), outputs y (n, d). As a `family`,
+    `functools.partial(LinearRegression, tied=True)` shares the covariance.
+
+    **Raises:** `ValueError` for other shapes, or values that are not a covariance.
+
+    ```python
+    LinearRegression([[[1.0]], [[-1.0]]], [[0.0], [2.0]], np.ones((2, 1, 1)))  # two lines
+    ```
+    """
+
+    parameters: ClassVar = {
+        "coefficients": COEFFICIENTS,
+        "intercept": INTERCEPT,
+        "covariance": ScaleParameter("structure"),
+    }
+    outputs: ClassVar = reals("n d")
+    has_exposures: ClassVar = False
+    pooled_steps: ClassVar = 2  # the second time about the line itself
+    coefficients: Float[Array, "k d p"]
+    intercept: Float[Array, "k d"]
+    structure: FullScale
+    inputs: InputFrame
+    frozen: Frozen = eqx.field(static=True)
+
+    def __init__(
+        self,
+        coefficients: ArrayLike,
+        intercept: ArrayLike,
+        covariance: ArrayLike,
+        *,
+        min_spread: float = MIN_SPREAD,
+    ):
+        given = leaves_of(self.parameters, coefficients=coefficients, intercept=intercept)
+        self.coefficients, self.intercept = given["coefficients"], given["intercept"]
+        self.structure = full_scale(
+            "covariance",
+            jnp.asarray(covariance, self.intercept.dtype),
+            *self.intercept.shape,
+            shared=None,
+            min_spread=min_spread,
+        )
+        self.inputs, self.frozen = InputFrame.at_zero(self.coefficients), ()
+
+    @property
+    def covariance(self) -> Array:
+        """Covariance matrices of the residuals, in the shape that the constructor takes."""
+        return self.structure.covariance
+
+    @classmethod
+    def mean_of(cls, eta: Array) -> Array:
+        return eta
+
+    def tilt(self) -> JointMoments:
+        k, d, p = self.coefficients.shape
+        zeros = jnp.zeros((k, 1 + p + d, 1 + p + d), self.intercept.dtype)
+        return JointMoments(jnp.zeros_like(self.structure.log_norm()), zeros)
+
+    def log_prob(self, x: Any, tilt: JointMoments) -> Float[Array, "n k"]:
+        u, y = x
+        k, d, p = self.coefficients.shape
+        centred = self.centred()
+        origin = centroid(centred[:, :, 0])
+        centred = centred - jnp.pad(origin[:, None], ((0, 0), (0, p)))
+        whitener = jnp.broadcast_to(self.structure.whitener(), (k, d, d))
+        outputs = la.matmul(whitener.reshape(k * d, d), (y - origin).T).reshape(k, d, -1)
+        v = self.inputs.standardized(u)
+        z = outputs - la.matmul(la.matmul(whitener, centred), v)
+        constant = jnp.broadcast_to(self.structure.log_norm() + tilt.scale_count, (k,))
+        own = la.repeat(constant, len(y)) - 0.5 * jnp.sum(z**2, axis=1)
+        return (own + square_tilt(tilt.joint, jnp.concatenate([v, z], axis=1))).T
+
+    def reframe(self, sums: JointMoments, old: Self) -> JointMoments:
+        k, d, _ = self.coefficients.shape
+        whitener = self.structure.whitener()
+        turn = jnp.broadcast_to(la.matmul(whitener, old.structure.factor()), (k, d, d))
+        change = old.inputs.centred(
+            old.coefficients - self.coefficients, old.intercept - self.intercept
+        )
+        top = jnp.pad(self.inputs.turn_from(old.inputs), ((0, 0), (0, 0), (0, d)))
+        bottom = jnp.concatenate([la.matmul(whitener, change), turn], axis=2)
+        turn = jnp.concatenate([top, bottom], axis=1)
+        return sums.turned(turn)
+
+    def m_step(self, sums: JointMoments) -> Self:
+        step, scatter = sums.maximum(self.inputs.free_directions(self))
+        step = la.matmul(self.structure.factor(), step)
+        coefficients, intercept = self.inputs.uncentred(step)
+        new = update(
+            self,
+            coefficients=self.coefficients + coefficients,
+            intercept=self.intercept + intercept,
+            structure=self.structure.best(scatter, sums.scale_count),
+        )
+        q = step.shape[2]
+        return replace(new, inputs=self.inputs.moved(sums.joint[:, :q, :q]))
+
+    def expected_log_prob(self, sums: JointMoments) -> Float[Array, ""]:
+        q = 1 + self.coefficients.shape[2]
+        trace = jnp.trace(sums.joint[:, q:, q:], axis1=1, axis2=2)
+        return jnp.sum(sums.scale_count * self.structure.log_norm()) - 0.5 * jnp.sum(trace)
+
+    def prior(
+        self,
+        count: ArrayLike | Mapping[str, ArrayLike] = 0.0,
+        *,
+        precision: ArrayLike = 0.0,
+        coefficients: ArrayLike = 0.0,
+        intercept: ArrayLike | None = None,
+        covariance: ArrayLike | None = None,
+    ) -> Framed:
+        """The matrix-normal-inverse-Wishart prior, as pseudo-observations; a ridge by default.
+
+        As if each component had `count` observations at u = 0, of a law with this intercept and
+        this covariance, and others that give the coefficients of input j a precision: they are
+        N(coefficients_j, Σ/precision_j). Its mode is the law. With
+        `count={"intercept": κ, "covariance": ν + d + p + 2}` and `covariance=Ψ / (ν + d + p + 2)`
+        the intercept is N(intercept, Σ/κ), and Σ inverse Wishart of scale Ψ and ν degrees of
+        freedom.
+
+        **Arguments:** `count` ≥ 0, a number, one for each component, or a mapping from
+        "intercept" and "covariance" to such; `precision` ≥ 0, scalar, (p,) or (k, p), in units of
+        1/u²; parameters of the law, which broadcast to the present ones. An intercept or a
+        covariance that is not given is the present one.
+
+        **Raises:** `ValueError` for a negative count or precision, or what is no covariance.
+        """
+        k, d, p = self.coefficients.shape
+        precision = pseudo_count("precision", precision, self.coefficients[:, 0])
+        counts = dict(count) if isinstance(count, Mapping) else dict.fromkeys(_COUNTED, count)
+        if unknown := counts.keys() - set(_COUNTED):
+            raise ValueError(
+                'LinearRegression counts observations of "intercept" and "covariance", not of '
+                f"{sorted(unknown)[0]!r}: coefficients have a precision."
+            )
+        levels, squares = (
+            pseudo_count(f"count of {name}", counts.get(name, 0.0), self.intercept[:, 0])
+            for name in _COUNTED
+        )
+        law = {"coefficients": coefficients, "intercept": intercept, "covariance": covariance}
+        frame = self.with_parameters(**{name: v for name, v in law.items() if v is not None})
+        frame = replace(frame, inputs=InputFrame.at_zero(self.coefficients))
+        each = jnp.broadcast_to(squares[:, None], (k, d))
+        diagonal = jnp.concatenate([levels[:, None], precision, each], axis=1)
+        joint = diagonal[:, :, None] * np.eye(1 + p + d, dtype=diagonal.dtype)
+        if self.structure.shared:
+            squares = jnp.sum(squares, keepdims=True)
+        return Framed(JointMoments(squares, joint), frame)
+
+    def draw(self, key, mean, z):
+        return mean + self.structure.noise(key, z, mean.shape[1])
+
+    def degenerate(self, sums: JointMoments) -> Bool[Array, " k"]:
+        _, scatter = sums.maximum(self.inputs.free_directions(self))
+        within = self.structure.best_covariance(scatter, sums.scale_count)
+        centred = self.centred()
+        level = centred[:, :, 0]
+        thin = self.structure.has_collapsed(within, sums.scale_count, level - centroid(level))
+        # Residuals below the rounding of the slopes that they are differences from
+        root = la.matmul(self.structure.factor(), la.cholesky(within))
+        reach = jnp.sum(jnp.abs(centred[:, :, 1:]), axis=2)
+        thin = thin | ~resolves(jnp.sqrt(jnp.sum(root**2, axis=2)), reach)
+        if not self.structure.shared:
+            thin = thin | (sums.scale_count < self.intercept.shape[1] + self.num_fitted())
+        return (thin & free(self, "covariance")) | (sums.joint[:, 0, 0] < 1)
+
+    @classmethod
+    def level(cls, x, sample_weight, *, tied: bool = False, min_spread: float = MIN_SPREAD):
+        u, y = x
+        mean = weighted_mean(y, sample_weight)
+        d, p = y.shape[1], u.shape[1]
+        flat = cls(jnp.zeros((1, d, p), y.dtype), jnp.zeros((1, d), y.dtype), jnp.eye(d)[None])
+        return replace(
+            flat,
+            intercept=mean[None],
+            structure=pooled_full_scale(y, mean, sample_weight, shared=tied, min_spread=min_spread),
+            inputs=InputFrame.pooled(u, sample_weight),
+        )
+
+    def shift_to(self, x):
+        u, y = x
+        return y - self.predict(u)[:, 0]
+
+    def repeated(self, num_components: int, spread: Array) -> Self:
+        structure = self.structure.scaled(spread, num_components)
+        return replace(self, structure=structure, **repeat_coefficients(self, num_components))

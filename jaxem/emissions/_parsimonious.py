@@ -1,0 +1,83 @@
+"""Gaussian components whose covariances share volume, shape or orientation, or have their own."""
+
+from typing import ClassVar
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from numpy.typing import ArrayLike
+
+from jaxem._core.constraints import leaves_of
+from jaxem._core.dense_scales import pooled_full_scale
+from jaxem._core.parameters import Frozen, replace
+from jaxem._core.parsimonious import Parsimonious
+from jaxem._core.parsimonious_scale import ParsimoniousScale
+from jaxem._core.scales import MIN_SPREAD, ScaleParameter, check_min_spread
+from jaxem.emissions._gaussian import MEAN, AbstractGaussian
+
+
+class ParsimoniousGaussian(AbstractGaussian):
+    """Gaussians N(μₖ, λₖ Qₖ Bₖ Qₖᵀ) in one of fourteen structures.
+
+    The volume λ, the shape B (diagonal, of determinant 1) and the orientation Q (orthogonal) are
+    equal (E) for all components, variable (V), or the identity (I): EII, VII, EEI, VEI, EVI, VVI,
+    EEE, VEE, EVE, VVE, EEV, VEV, EVV, VVV. In EVE, VVE, EEV and VEV the leaf behind Q is not
+    free: half-way between two rotations there may be none, and standard errors are NaN.
+
+    **Arguments:** `mean` (k, d); `covariance` (k, d, d), of which the structure's closest is
+    taken: its maximum-likelihood fit to components of equal counts with these covariances;
+    `structure`; `min_spread`, as for `Gaussian`. As a `family`,
+    `functools.partial(ParsimoniousGaussian, structure="VEV")`.
+
+    **Raises:** `ValueError` for other shapes, values that are not covariances, or a name that is
+    no structure.
+
+    Celeux & Govaert (1995), Pattern Recognition 28; Scrucca et al. (2016), The R Journal 8.
+
+    ```python
+    model = jaxem.Mixture([0.5, 0.5], ParsimoniousGaussian(mean, covariance, structure="VEV"))
+    ```
+    """
+
+    parameters: ClassVar = {
+        "mean": MEAN,
+        "covariance": ScaleParameter(
+            "structure", counted=("scale_count", "second"), separate=False
+        ),
+    }
+    scale_name: ClassVar = "covariance"
+    mean: Float[Array, "k d"]
+    structure: ParsimoniousScale
+    frozen: Frozen = eqx.field(static=True)
+
+    def __init__(
+        self,
+        mean: ArrayLike,
+        covariance: ArrayLike,
+        structure: str,
+        *,
+        min_spread: float = MIN_SPREAD,
+    ):
+        self.mean, self.frozen = leaves_of(self.parameters, mean=mean)["mean"], ()
+        covariance = jnp.asarray(covariance, self.mean.dtype)
+        self.structure = _scale(Parsimonious.from_covariance(structure, covariance), min_spread)
+
+    @property
+    def covariance(self) -> Float[Array, "k d d"]:
+        return self.structure.covariance
+
+    @classmethod
+    def around(cls, x, mean, sample_weight, *, structure: str = "VVV", **options):
+        full = pooled_full_scale(x, mean, sample_weight, **options)
+        own = _scale(Parsimonious.from_factor(structure, full.factor()), full.min_spread)
+        start = cls(jnp.zeros_like(mean)[None], jnp.eye(len(mean), dtype=x.dtype)[None], structure)
+        return replace(start, mean=mean[None], structure=own)
+
+
+def _scale(structure: Parsimonious, min_spread: float) -> ParsimoniousScale:
+    return ParsimoniousScale(
+        structure=structure,
+        shared=False,
+        min_spread=check_min_spread(min_spread),
+        expanded=False,
+    )

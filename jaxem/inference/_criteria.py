@@ -1,0 +1,72 @@
+"""Criteria for choosing among models: less is better."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from jaxem.em._problem import Problem
+from jaxem.inference._fitted import fitted_problem
+from jaxem.latents import Exact
+from jaxem.models._base import AbstractModel, expected_sums
+from jaxem.models._finite import AbstractJointModel
+
+
+def aic(
+    fitted: Any, data: PyTree[Array], *, sample_weight: Float[Array, " n"] | None = None
+) -> Float[Array, ""]:
+    """Akaike's criterion, −2 log L + 2 p, from the log-likelihood without any prior.
+
+    `fitted` is a model, an emission or a `Solution`; p counts the parameters that are not frozen.
+    """
+    model, problem = fitted_problem(fitted, data, sample_weight)
+    return -2 * _log_likelihood(model, problem) + 2 * model.num_free_parameters
+
+
+def bic(
+    fitted: Any, data: PyTree[Array], *, sample_weight: Float[Array, " n"] | None = None
+) -> Float[Array, ""]:
+    """Schwarz's criterion, −2 log L + p log n, with n the total weight of the observations.
+
+    Where observations are sequences n counts the steps that were observed, each by its weight.
+    """
+    model, problem = fitted_problem(fitted, data, sample_weight)
+    return _bic(model, problem)
+
+
+def icl(
+    fitted: Any, data: PyTree[Array], *, sample_weight: Float[Array, " n"] | None = None
+) -> Float[Array, ""]:
+    """Integrated completed likelihood, BIC + 2 × the entropy of the responsibilities.
+
+    **Raises:** `ValueError` for a model of sequences, or one without a finite latent.
+
+    Biernacki, Celeux & Govaert (2000), IEEE PAMI 22.
+    """
+    model, problem = fitted_problem(fitted, data, sample_weight)
+    if not isinstance(model, AbstractJointModel):
+        raise ValueError(
+            "icl is for mixtures, whose latents are independent given the data; "
+            f"{type(model).__name__} is none: use bic."
+        )
+    return _bic(model, problem) + 2 * _entropy(model, problem)
+
+
+def _bic(model: AbstractModel, problem: Problem) -> Float[Array, ""]:
+    log_likelihood = _log_likelihood(model, problem)
+    counts, weight = model.num_observed(problem.data), problem.sample_weight
+    total = jnp.sum(counts if weight is None else counts * weight).astype(log_likelihood.dtype)
+    return -2 * log_likelihood + model.num_free_parameters * jnp.log(total)
+
+
+def _log_likelihood(model: AbstractModel, problem: Problem) -> Float[Array, ""]:
+    return expected_sums(model, problem.data, problem.sample_weight, Exact(), None)[1]
+
+
+@eqx.filter_jit
+def _entropy(model: AbstractJointModel, problem: Problem) -> Float[Array, ""]:
+    entropy = jnp.sum(jax.scipy.special.entr(model.responsibilities(problem.data)), axis=1)
+    weight = problem.sample_weight
+    return jnp.sum(entropy if weight is None else jnp.where(weight != 0, weight * entropy, 0))

@@ -1,0 +1,25 @@
+"""The model and the problem of a fit, from what a user hands over afterwards."""
+
+from typing import Any
+
+from jaxem._core.checks import name_of
+from jaxem._core.statistics import Framed
+from jaxem.em._problem import Problem, as_problem
+from jaxem.em._solution import Solution
+from jaxem.emissions._base import AbstractEmission
+from jaxem.models._alone import as_model
+from jaxem.models._base import AbstractModel
+
+
+def fitted_problem(
+    fitted: Any, data: Any, sample_weight: Any = None, prior: Framed | None = None
+) -> tuple[AbstractModel, Problem]:
+    """The model of a solution, or a model or emission as it is, and its problem, checked.
+
+    **Raises:** `ValueError` as `fit` does.
+    """
+    given = fitted.model if isinstance(fitted, Solution) else fitted
+    if not isinstance(given, AbstractModel | AbstractEmission):
+        raise ValueError(f"expected a Solution, a model or an emission, got {name_of(given)}.")
+    model = as_model(given, "inference")
+    return model, as_problem(data, model, sample_weight, prior)
