@@ -28,19 +28,23 @@ class Parametrized(eqx.Module):
     frozen: eqx.AbstractVar[Frozen]
 
 
-def replace(module: _T, **changes: Any) -> _T:
-    """A copy of an Equinox module with some fields changed.
+def build(cls: type[_T], **fields: Any) -> _T:
+    """An Equinox module of its fields, without its constructor.
 
-    Unlike `dataclasses.replace` it does not call `__init__`: constructors here take parameters,
-    while the fields are the unconstrained ones.
+    Constructors here take parameters, while the fields are the unconstrained ones.
     """
-    new = object.__new__(type(module))
-    for field in dataclasses.fields(module):  # pyright: ignore[reportArgumentType]
-        value = changes.pop(field.name) if field.name in changes else getattr(module, field.name)
-        object.__setattr__(new, field.name, value)
-    if changes:
-        raise TypeError(f"{type(module).__name__} has no field {sorted(changes)}.")
+    new = object.__new__(cls)
+    for field in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType]
+        object.__setattr__(new, field.name, fields.pop(field.name))
+    if fields:
+        raise TypeError(f"{cls.__name__} has no field {sorted(fields)}.")
     return new
+
+
+def replace(module: _T, **changes: Any) -> _T:
+    """A copy of an Equinox module with some fields changed; it does not call `__init__`."""
+    fields = dataclasses.fields(module)  # pyright: ignore[reportArgumentType]
+    return build(type(module), **{f.name: getattr(module, f.name) for f in fields} | changes)
 
 
 def frozen_mask(module: Any, name: str) -> bool | np.ndarray:

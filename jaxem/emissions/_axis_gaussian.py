@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 
 from jaxem._core.axis_scales import axis_scale, pooled_axis_scale
 from jaxem._core.constraints import leaves_of
-from jaxem._core.parameters import Frozen, replace
+from jaxem._core.parameters import Frozen, build
 from jaxem._core.scales import MIN_SPREAD, AbstractScale
 from jaxem.emissions._gaussian import MEAN, SCALE, AbstractGaussian
 
@@ -48,9 +48,7 @@ class DiagonalGaussian(AbstractGaussian):
         scale = pooled_axis_scale(
             x, mean, sample_weight, spherical=False, shared=tied, min_spread=min_spread
         )
-        return replace(
-            cls(jnp.zeros_like(mean)[None], jnp.ones_like(mean)), mean=mean[None], structure=scale
-        )
+        return build(cls, mean=mean[None], structure=scale, frozen=())
 
 
 class SphericalGaussian(AbstractGaussian):
@@ -86,6 +84,4 @@ class SphericalGaussian(AbstractGaussian):
         scale = pooled_axis_scale(
             x, mean, sample_weight, spherical=True, shared=tied, min_spread=min_spread
         )
-        return replace(
-            cls(jnp.zeros_like(mean)[None], jnp.ones((), x.dtype)), mean=mean[None], structure=scale
-        )
+        return build(cls, mean=mean[None], structure=scale, frozen=())

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 
 from jaxem._core.constraints import leaves_of, real
 from jaxem._core.dense_scales import full_scale, pooled_full_scale
-from jaxem._core.parameters import Frozen, replace
+from jaxem._core.parameters import Frozen, build, replace
 from jaxem._core.scales import MIN_SPREAD, AbstractScale, Moments, ScaleParameter
 from jaxem.emissions._base import AbstractExpandable
 from jaxem.emissions._location_scale import AbstractLocationScale
@@ -89,11 +89,7 @@ class Gaussian(AbstractGaussian):
     @classmethod
     def around(cls, x, mean, sample_weight, **options):
         scale = pooled_full_scale(x, mean, sample_weight, **options)
-        return replace(
-            cls(jnp.zeros_like(mean)[None], jnp.eye(len(mean), dtype=x.dtype)[None]),
-            mean=mean[None],
-            structure=scale,
-        )
+        return build(cls, mean=mean[None], structure=scale, frozen=())
 
 
 class TiedGaussian(AbstractGaussian):
@@ -125,8 +121,4 @@ class TiedGaussian(AbstractGaussian):
     @classmethod
     def around(cls, x, mean, sample_weight, **options):
         scale = pooled_full_scale(x, mean, sample_weight, shared=True, **options)
-        return replace(
-            cls(jnp.zeros_like(mean)[None], jnp.eye(len(mean), dtype=x.dtype)),
-            mean=mean[None],
-            structure=scale,
-        )
+        return build(cls, mean=mean[None], structure=scale, frozen=())

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 
 from jaxem._core.constraints import leaves_of
 from jaxem._core.dense_scales import pooled_full_scale
-from jaxem._core.parameters import Frozen, replace
+from jaxem._core.parameters import Frozen, build
 from jaxem._core.parsimonious import Parsimonious
 from jaxem._core.parsimonious_scale import ParsimoniousScale
 from jaxem._core.scales import MIN_SPREAD, ScaleParameter, check_min_spread
@@ -70,8 +70,7 @@ class ParsimoniousGaussian(AbstractGaussian):
     def around(cls, x, mean, sample_weight, *, structure: str = "VVV", **options):
         full = pooled_full_scale(x, mean, sample_weight, **options)
         own = _scale(Parsimonious.from_factor(structure, full.factor()), full.min_spread)
-        start = cls(jnp.zeros_like(mean)[None], jnp.eye(len(mean), dtype=x.dtype)[None], structure)
-        return replace(start, mean=mean[None], structure=own)
+        return build(cls, mean=mean[None], structure=own, frozen=())
 
 
 def _scale(structure: Parsimonious, min_spread: float) -> ParsimoniousScale:
