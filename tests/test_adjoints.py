@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import CASES, EMISSIONS
+from models import CASES, cases
 
 import jaxem
 
@@ -68,14 +68,14 @@ def agree(a, b, tol):
 ZERO = jnp.zeros(3)
 
 
-@pytest.mark.parametrize("name", EMISSIONS)
+@pytest.mark.parametrize("name", cases("mixture", "mechanism"))
 def test_implicit_gradient(name):
     """Data, weights and prior move; compiled, and side by side with another lane."""
     case = CASES[name]()
     agree(*gradient_and_difference(lambda t: perturbed_fit(case, jaxem.em.Implicit(), t)), 1e-6)
 
 
-@pytest.mark.parametrize("name", ["gaussian", "diagonal-tied", "categorical", "independent"])
+@pytest.mark.parametrize("name", ["independent", "poisson-regression"])
 def test_gradients_through_the_steps(name):
     """Three steps, unconverged: backwards, forwards, and in lanes."""
     case = CASES[name]()
@@ -90,11 +90,10 @@ def test_gradients_through_the_steps(name):
     agree(forwards, differences, 1e-6)
 
 
-@pytest.mark.parametrize("name", ["gaussian", "poisson"])
-def test_every_adjoint_and_both_modes_agree(name):
-    case = CASES[name]()
+def test_every_adjoint_and_both_modes_agree():
+    case = CASES["gaussian"]()
     expected = jax.jit(jax.grad(lambda t: perturbed_fit(case, jaxem.em.Implicit(), t)))(ZERO)
-    assert jnp.all(expected != 0) or name == "poisson"  # counts do not move with t[0]
+    assert jnp.all(expected != 0)
     for adjoint, transform in [
         (jaxem.em.Implicit(), jax.jacfwd),
         (jaxem.em.Forward(), jax.jacfwd),
@@ -158,9 +157,8 @@ def test_truncation_error_shrinks_at_the_rate_of_convergence():
     assert all(abs(rate - slowest) < 0.15 for rate in rates[1:]), (rates, slowest)
 
 
-@pytest.mark.parametrize("name", ["diagonal-tied", "bernoulli"])
-def test_second_derivatives(name):
-    case = CASES[name]()
+def test_second_derivatives():
+    case = CASES["diagonal-tied"]()
     slope = jax.grad(lambda t: perturbed_fit(case, jaxem.em.Implicit(), t))
     hessian = jax.jit(jax.hessian(lambda t: perturbed_fit(case, jaxem.em.Implicit(), t)))(ZERO)
     agree(hessian, central(jax.jit(slope), ZERO, 1e-4), 1e-5)

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import BITS, CASES, CODES, COUNTS, DURATIONS, EMISSIONS, MEAN, POINTS, TALLIES, N
+from models import BITS, CASES, CODES, COUNTS, DURATIONS, MEAN, POINTS, TALLIES, N, cases
 from scipy import stats
 
 import jaxem
+from jaxem.emissions._base import expanded_form
 from jaxem.emissions._base import log_prob as _log_prob
 
 W = np.linspace(0.2, 2.0, N)
@@ -81,7 +82,7 @@ def density(name, c, x, j):
             )
 
 
-@pytest.mark.parametrize("name", EMISSIONS)
+@pytest.mark.parametrize("name", cases("closed"))
 def test_log_prob_is_scipys(name):
     model, data, *_ = CASES[name]()
     by_scipy = np.stack([density(name, model.components, data, j) for j in range(2)], axis=1)
@@ -339,7 +340,7 @@ def moments(name, c):
             return 1 / c.rate, 1 / c.rate**2
 
 
-@pytest.mark.parametrize("name", [name for name in EMISSIONS if name != "independent"])
+@pytest.mark.parametrize("name", [name for name in cases("closed") if name != "independent"])
 def test_samples_have_the_moments(name):
     c = CASES[name]().model.components
     n = 20_000
@@ -392,15 +393,16 @@ FREE = {
 }
 
 
-@pytest.mark.parametrize("name", EMISSIONS)
+@pytest.mark.parametrize("name", cases("closed"))
 def test_number_of_free_parameters(name):
     model = CASES[name]().model
+    assert (expanded_form(model.components) is not None) == (name in cases("expanded"))
     assert model.components.num_free_parameters == FREE[name]
     assert model.num_free_parameters == FREE[name] + 1
     assert jaxem.freeze(model, "weights").num_free_parameters == FREE[name]
 
 
-@pytest.mark.parametrize("name", [name for name in EMISSIONS if name != "independent"])
+@pytest.mark.parametrize("name", [name for name in cases("closed") if name != "independent"])
 def test_constructors_take_what_properties_give(name):
     c = CASES[name]().model.components
     again = type(c)(*(getattr(c, parameter) for parameter in c.parameters))
@@ -468,7 +470,7 @@ def test_constructors_refuse_what_is_no_parameter(build):
 # Degenerate components
 
 
-@pytest.mark.parametrize("name", EMISSIONS)
+@pytest.mark.parametrize("name", cases("closed"))
 def test_a_component_without_units_is_degenerate(name):
     model, data, *_ = CASES[name]()
     model = eqx.tree_at(lambda m: m._weights.logits, model, jnp.array([0.0, -800.0]))
@@ -498,7 +500,7 @@ def test_a_variance_below_a_thousandth_of_the_average_is_degenerate(name):
     assert not np.any(degenerate(frozen, sums))
 
 
-@pytest.mark.parametrize("name", EMISSIONS)
+@pytest.mark.parametrize("name", cases("closed"))
 def test_a_component_without_units_stays_where_it_is(name):
     model, data, *_ = CASES[name]()
     model = eqx.tree_at(lambda m: m._weights.logits, model, jnp.array([0.0, -800.0]))

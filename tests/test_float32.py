@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from models import CASES, cases
 
 import jaxem
 from jaxem import Mixture
@@ -200,7 +201,14 @@ def _same_log_prob(components, x):
     single = log_prob(cast(components, jnp.float32), cast(x, jnp.float32))
     exact = cast(cast(components, jnp.float32), jnp.float64)
     double = log_prob(exact, cast(cast(x, jnp.float32), jnp.float64))
+    assert single.dtype == jnp.float32
     np.testing.assert_allclose(single, double, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", cases("mixture"))
+def test_the_density_of_every_family_keeps_its_digits(name):
+    components, data = CASES[name]().model.components, CASES[name]().data
+    _same_log_prob(components, data)
 
 
 def test_ten_million_units_lose_no_digits():

@@ -10,7 +10,7 @@ import pytest
 from compilations import compilations
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from models import CASES, HMMS, LENGTHS, MEAN, OBSERVED, SEQUENCES, STAGES, STAY
+from models import CASES, LENGTHS, MEAN, OBSERVED, SEQUENCES, STAGES, STAY, cases
 from test_adjoints import agree, gradient_and_difference
 
 import jaxem
@@ -163,7 +163,7 @@ def test_a_step_that_was_not_observed_is_summed_over():
     close(found, [jax.nn.logsumexp(first[jnp.array([0, 2])]), jax.nn.logsumexp(second)])
 
 
-@pytest.mark.parametrize("name", HMMS)
+@pytest.mark.parametrize("name", cases("chain"))
 def test_weights_count_sequences(name):
     """2 is twice and 0 is absent, whatever its steps hold, within its length."""
     model, data, *_ = CASES[name]()
@@ -379,7 +379,7 @@ def test_a_prior_of_tied_and_forbidden_transitions():
     assert np.all(flat.sums == 0)
 
 
-@pytest.mark.parametrize("name", HMMS)
+@pytest.mark.parametrize("name", cases("chain", "mechanism"))
 def test_map_em_climbs_to_a_posterior_mode(name):
     model, data, *_ = CASES[name]()
     logistic = name == "hmm-logistic-transition"
@@ -615,7 +615,7 @@ def test_restarts():
 # Hard EM
 
 
-@pytest.mark.parametrize("name", ["hmm-gaussian", "hmm-stationary", "hmm-logistic-transition"])
+@pytest.mark.parametrize("name", cases("chain", "mechanism"))
 def test_viterbi_training(name):
     model, data, *_ = CASES[name]()
     hard = jaxem.EM(jaxem.em.Hard())
@@ -675,7 +675,7 @@ def perturbed_fit(name, t, adjoint, **options):
     return jnp.sum(jnp.sin(solution.model.log_prob(data))) + spread + 0.1 * solution.objective
 
 
-@pytest.mark.parametrize("name", ["hmm-gaussian", "hmm-stationary", "hmm-logistic-transition"])
+@pytest.mark.parametrize("name", cases("chain", "mechanism"))
 def test_implicit_gradients(name):
     def value(t):
         return perturbed_fit(name, t, jaxem.em.Implicit(), tol=1e-13, max_steps=20_000)
@@ -693,7 +693,7 @@ def test_gradients_through_the_steps():
     agree(forwards(jnp.zeros(3)), difference, 1e-6)
 
 
-@pytest.mark.parametrize("name", HMMS)
+@pytest.mark.parametrize("name", cases("chain"))
 def test_gradient_of_the_log_likelihood(name):
     model, data, *_ = CASES[name]()
     flat, unravel = ravel_pytree(model)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
-from models import CASES
+from models import CASES, cases
 
 import jaxem
 from jaxem import Mixture
@@ -31,14 +31,7 @@ def flat(named):
     return ravel_pytree(named)[0]
 
 
-ALIKE = {  # to others that are tested, here
-    *("tied", "diagonal", "spherical", "spherical-tied", "bernoulli", "multinomial", "exponential"),
-    *("linear-regression", "logistic-regression", "negative-binomial", "labels"),
-    *("hmm-categorical", "hmm-left-to-right"),
-}
-
-
-@pytest.mark.parametrize("name", [name for name in CASES if name not in ALIKE])
+@pytest.mark.parametrize("name", cases("mechanism"))
 def test_information_is_minus_the_derivative_of_the_score(name):
     solution, data, prior = fitted(name)
     information = jaxem.inference.observed_information(solution, data, prior=prior)

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import BEARINGS, CASES, COUNTS, DURATIONS, FULL, ITERATIVE, MEAN, POINTS, N
+from models import BEARINGS, CASES, COUNTS, DURATIONS, FULL, MEAN, POINTS, N, cases
 from scipy import optimize, special, stats
-from test_adjoints import agree, gradient_and_difference, perturbed_fit
 from test_laws import close, e_step, gradient_of_q, log_joint, m_step, map_step, pulled_back, q
 
 import jaxem
@@ -40,23 +39,12 @@ def log_prob(emission, x):
     return _log_prob(emission, x)
 
 
-@pytest.mark.parametrize("name", ITERATIVE)
+@pytest.mark.parametrize("name", cases("iterative"))
 def test_log_prob_is_scipys(name):
     case = CASES[name]()
     c = case.model.components
     by_scipy = np.stack([density(name, c, np.asarray(case.data), j) for j in range(2)], axis=1)
     np.testing.assert_allclose(log_prob(c, case.data), by_scipy, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", ITERATIVE)
-def test_float32_keeps_the_digits_of_a_density(name):
-    case = CASES[name]()
-    c = case.model.components
-    single = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), c)
-    x = case.data if name == "negative-binomial" else case.data.astype(jnp.float32)
-    found = log_prob(single, x)
-    assert found.dtype == jnp.float32
-    np.testing.assert_allclose(found, log_prob(c, case.data), rtol=2e-6, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -71,7 +59,7 @@ def test_q_is_the_expected_log_joint_in_any_frame(name):
     close(statistics.at(other).sums[1], there)
 
 
-@pytest.mark.parametrize("name", ITERATIVE)
+@pytest.mark.parametrize("name", cases("iterative"))
 def test_map_em_climbs_to_a_posterior_mode(name):
     case = CASES[name]()
     prior = case.model.prior(weights=4.0, components=case.prior)
@@ -86,7 +74,7 @@ def test_map_em_climbs_to_a_posterior_mode(name):
     close(gradient_of_q(solution.model, solution.statistics + prior), zero, 1e-7)
 
 
-@pytest.mark.parametrize("name", ITERATIVE)
+@pytest.mark.parametrize("name", cases("iterative"))
 def test_a_prior_alone_has_its_mode_where_it_says(name):
     c = CASES[name]().model.components
     prior = eqx.tree_at(lambda p: p, c.prior, c.prior)
@@ -100,14 +88,7 @@ def test_a_prior_alone_has_its_mode_where_it_says(name):
     )
 
 
-@pytest.mark.parametrize("name", ITERATIVE)
-def test_implicit_gradient(name):
-    """Data, weights and prior move; compiled, and side by side with another lane."""
-    case = CASES[name]()
-    agree(*gradient_and_difference(lambda t: perturbed_fit(case, jaxem.em.Implicit(), t)), 1e-6)
-
-
-@pytest.mark.parametrize("name", ITERATIVE)
+@pytest.mark.parametrize("name", cases("iterative"))
 def test_samples_follow_the_density(name):
     """Frequencies below quantiles of SciPy's law, in the first feature."""
     c = CASES[name]().model.components
@@ -335,7 +316,7 @@ def test_what_is_no_parameter_is_refused(build, says):
         build()
 
 
-@pytest.mark.parametrize("name", ITERATIVE)
+@pytest.mark.parametrize("name", cases("iterative"))
 def test_starts_fit_and_empty_components_stay(name):
     case = CASES[name]()
     family = type(case.model.components)

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import CASES, EMISSIONS, FAMILIES, POINTS
+from models import CASES, POINTS, cases
 
 import jaxem
+from jaxem import _laws
 from jaxem._core.blocks import sum_over_observations
 from jaxem.authoring import Framed
 from jaxem.emissions._base import expanded_form
@@ -28,14 +29,28 @@ LAWS = [
 ]
 
 
-@pytest.mark.parametrize("name", CASES)
+OF_FITS = {"float32 agrees", "honest results", "tolerance and derivatives", "compile once"}
+
+
+@pytest.mark.parametrize("name", cases("mechanism"))
 def test_laws_hold(name):
     case = CASES[name]()
     report = jaxem.testing.check_model(case.model, case.data)
     assert [verdict.law for verdict in report] == LAWS
-    assert report.ok, f"\n{report}"
-    skipped = {verdict.law for verdict in report if verdict.verdict == "not applicable"}
-    assert skipped == case.not_applicable, f"\n{report}"
+    found = {verdict: set() for verdict in ("holds", "fails", "not applicable")}
+    for verdict in report:
+        found[verdict.verdict].add(verdict.law)
+    assert found["fails"] <= case.may_break, f"\n{report}"
+    assert found["not applicable"] == case.not_applicable, f"\n{report}"
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in cases("mechanism")])
+def test_laws_hold_that_need_no_fit(name):
+    """Of what is built like one of the above: what it can break by itself."""
+    case = CASES[name]()
+    for law in LAWS:
+        if law not in OF_FITS | case.may_break:
+            _laws.LAWS[law](case.model, case.data, 1e-9)
 
 
 # Laws that need to look inside an emission
@@ -90,7 +105,7 @@ def close(a, b, tol=1e-10):
         np.testing.assert_allclose(left, right, rtol=0, atol=tol * scale)
 
 
-@pytest.mark.parametrize("name", EMISSIONS)
+@pytest.mark.parametrize("name", cases("closed"))
 def test_reframed_sums_are_those_computed_in_the_other_frame(name):
     case = CASES[name]()
     statistics, _ = e_step(case.model, case.data)
@@ -102,14 +117,11 @@ def test_reframed_sums_are_those_computed_in_the_other_frame(name):
     close(reframed(there, sums, here), pulled_back(there, case.data, r))
 
 
-@pytest.mark.parametrize("name", EMISSIONS)
+@pytest.mark.parametrize("name", cases("expanded"))
 def test_cheaper_form_is_the_same_density(name):
     case = CASES[name]()
     emission = case.model.components
-    shortcut = expanded_form(emission)
-    if shortcut is None:
-        pytest.skip("the family has one form only")
-    safe, cheaper = shortcut
+    safe, cheaper = expanded_form(emission)
     assert bool(safe)
     assert jax.tree.structure(cheaper) != jax.tree.structure(emission)
     r = case.model.responsibilities(case.data)
@@ -118,7 +130,7 @@ def test_cheaper_form_is_the_same_density(name):
     close(density(cheaper), density(emission))
 
 
-@pytest.mark.parametrize("name", EMISSIONS)
+@pytest.mark.parametrize("name", cases("closed"))
 def test_q_is_the_expected_log_joint_in_any_frame(name):
     case = CASES[name]()
     statistics, _ = e_step(case.model, case.data)
@@ -135,7 +147,9 @@ def test_q_is_the_expected_log_joint_in_any_frame(name):
     close(q(other, 3.0 * statistics + elsewhere), 4 * q(other, statistics))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", cases("closed", "mechanism") + cases("regression") + cases("nested")
+)
 def test_map_em_climbs_to_a_posterior_mode(name):
     case = CASES[name]()
     prior = case.model.prior(weights=4.0, components=case.prior)

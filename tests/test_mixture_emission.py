@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.nn import logsumexp
 from models import CASES, COUNTS, FULL, MEAN, PART_RATES, POINTS, N
-from test_adjoints import agree, gradient_and_difference, perturbed_fit
+from test_adjoints import agree, gradient_and_difference
 
 import jaxem
 from jaxem.emissions._base import expanded_form
@@ -146,24 +146,14 @@ def test_gmm_hmm_is_hmmlearns(kind):
     compare(fit(model, data, tol=0.0, max_steps=1).model, peer, kind, about)
 
 
-def test_gmm_hmm_obeys_the_laws():
+def test_gmm_hmm_climbs():
     model, data = ours("diag")
-    x = jnp.asarray(speech()[0].reshape(10, 15, 2)[:, :8])
-    report = jaxem.testing.check_model(
-        model, jaxem.Sequences(x, np.array([8, 5, 8, 7, 3, 8, 8, 4, 8, 8]))
-    )
-    assert report.ok, f"\n{report}"
     solution = fit(model, data, max_steps=300)
     assert solution.result == jaxem.RESULTS.converged
     assert np.all(np.diff(solution.history[: solution.num_steps + 1]) > -1e-9)
 
 
 # Derivatives
-
-
-def test_implicit_gradient():
-    case = CASES["mixture-emission"]()
-    agree(*gradient_and_difference(lambda t: perturbed_fit(case, jaxem.em.Implicit(), t)), 1e-6)
 
 
 def test_implicit_gradient_of_a_gmm_hmm():

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
-from models import FULL, MEAN, POINTS
 from sklearn.datasets import load_iris
 
 import jaxem
@@ -447,16 +446,6 @@ def test_iris_in_three_components(name, bic):
     trace, df = em(name, jnp.asarray(x), jnp.asarray(np.eye(3)[labels]))
     assert np.diff(trace).min() > -1e-9
     np.testing.assert_allclose(2 * trace[-1] - df * np.log(len(x)), bic, atol=2e-3)
-
-
-@pytest.mark.parametrize("name", ["EII", "VEE", "EVV", "VEV"])
-def test_laws_hold_for_a_mixture(name):
-    components = ParsimoniousGaussian(MEAN, FULL, name)
-    model = jaxem.Mixture([0.6, 0.4], components)
-    report = jaxem.testing.check_model(model, jnp.asarray(POINTS))
-    # half-way between two rotations there may be none; whether a blend meets that depends on Q
-    broken = {"free leaves"} if name == "VEV" else set()
-    assert {verdict.law for verdict in report if verdict.verdict == "fails"} <= broken, report
 
 
 @pytest.mark.parametrize(("name", "bic"), [("VEV", -561.72), ("VVV", -574.02)])

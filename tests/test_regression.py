@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import ANSWERS, CASES, EVENTS, INPUTS, REGRESSIONS, RESPONSES, N
+from models import ANSWERS, CASES, EVENTS, INPUTS, RESPONSES, N, cases
 from scipy import stats
-from test_adjoints import ZERO, agree, gradient_and_difference, perturbed_fit
+from test_adjoints import agree, gradient_and_difference
 
 import jaxem
 from jaxem.authoring import AbstractLocal, Framed, real
@@ -53,7 +53,7 @@ def one(family, *parameters):
 # Densities
 
 
-@pytest.mark.parametrize("name", REGRESSIONS)
+@pytest.mark.parametrize("name", cases("regression"))
 def test_log_prob_is_scipys(name):
     model, (u, y), *_ = CASES[name]()
     c = model.components
@@ -405,28 +405,7 @@ def test_the_guard_is_for_local_statistics_alone():
     assert local_part(jaxem.Mixture([0.5, 0.5], parts))
 
 
-# Derivatives: the laws' own in test_laws.py
-
-
-@pytest.mark.parametrize("name", REGRESSIONS)
-def test_implicit_gradient(name):
-    """Data, weights and prior move; compiled, and side by side with another lane."""
-    case = CASES[name]()
-    agree(*gradient_and_difference(lambda t: perturbed_fit(case, jaxem.em.Implicit(), t)), 1e-6)
-
-
-@pytest.mark.parametrize("name", ["linear-regression", "poisson-regression"])
-def test_gradients_through_the_steps(name):
-    case = CASES[name]()
-
-    def value(t, adjoint):
-        return perturbed_fit(case, adjoint, t, tol=0.0, max_steps=3)
-
-    unrolled = functools.partial(value, adjoint=jaxem.em.Unrolled())
-    backwards, differences = gradient_and_difference(unrolled)
-    agree(backwards, differences, 1e-6)
-    forwards = jax.jit(jax.jacfwd(functools.partial(value, adjoint=jaxem.em.Forward())))(ZERO)
-    agree(forwards, differences, 1e-6)
+# Derivatives: see test_adjoints.py as well
 
 
 def test_gradient_with_respect_to_an_intercept_that_is_frozen():
@@ -577,7 +556,7 @@ def test_collinear_and_constant_inputs(family, dtype):
 
 
 def test_a_component_on_too_few_units_is_degenerate():
-    for name in REGRESSIONS:
+    for name in cases("regression"):
         model, data, *_ = CASES[name]()
         model = eqx.tree_at(lambda m: m._weights.logits, model, jnp.array([0.0, -800.0]))
         statistics, _ = eqx.filter_jit(model.e_step)(data)
@@ -604,7 +583,7 @@ def test_a_perfect_fit_is_degenerate():
 # Starts, draws, errors
 
 
-@pytest.mark.parametrize("name", REGRESSIONS)
+@pytest.mark.parametrize("name", cases("regression"))
 def test_restarts_find_the_maximum(name):
     model, data, *_ = CASES[name]()
     family = type(model.components)
@@ -621,7 +600,7 @@ def test_draws_have_the_regression():
     rng = np.random.default_rng(8)
     u = jnp.asarray(rng.normal(size=(40_000, 2)))
     z = jnp.arange(40_000) % 2
-    for name in REGRESSIONS:
+    for name in cases("regression"):
         c = CASES[name]().model.components
         inputs, y = eqx.filter_jit(c.sample)(jax.random.key(1), z, u)
         c.check((inputs, y))
@@ -634,7 +613,7 @@ def test_draws_have_the_regression():
             CASES[name]().model.sample(jax.random.key(0), 3)
 
 
-@pytest.mark.parametrize("name", REGRESSIONS)
+@pytest.mark.parametrize("name", cases("regression"))
 def test_data_of_the_wrong_shape_are_refused(name):
     model, (u, y), *_ = CASES[name]()
     wrong: list[tuple[Any, str]] = [
@@ -681,20 +660,6 @@ def test_constructors_refuse_what_is_no_parameter(build):
 
 
 # Hidden Markov models of regressions, autoregression
-
-
-def test_regressions_in_an_hmm_obey_the_laws():
-    rng = np.random.default_rng(9)
-    shape = (6, 8)
-    values = (
-        jnp.asarray(INPUTS.reshape(*shape, 2)),
-        jnp.asarray(RESPONSES.reshape(*shape, 1)),
-    )
-    data = jaxem.Sequences(values, np.array([8, 5, 8, 7, 3, 8]), observed=rng.random(shape) < 0.9)
-    emission = CASES["linear-regression"]().model.components
-    model = jaxem.HMM([0.6, 0.4], [[0.8, 0.2], [0.3, 0.7]], emission)
-    report = jaxem.testing.check_model(model, data)
-    assert report.ok, f"\n{report}"
 
 
 def autoregression(num_sequences, num_steps, seed=0):
