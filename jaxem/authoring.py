@@ -46,4 +46,5 @@ from jaxem.models._base import AbstractModel as AbstractModel
 from jaxem.models._composite import AbstractComposite as AbstractComposite
 from jaxem.models._composite import AbstractSeparable as AbstractSeparable
 from jaxem.models._finite import AbstractJointModel as AbstractJointModel
+from jaxem.models._finite import AbstractMixture as AbstractMixture
 from jaxem.models._finite import sums_of_joint as sums_of_joint

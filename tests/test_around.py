@@ -66,6 +66,29 @@ def test_what_is_held_is_marked_after_the_comma():
     )
 
 
+def test_a_tiny_number_leaves_the_others_readable():
+    matrix = [[0.9, 0.1], [1e-30, 1.0]]
+    assert repr(jaxem.factors.Transition(matrix)) == (
+        "Transition(\n  matrix=[[0.9 0.1]\n          [1e-30 1]]\n)"
+    )
+
+
+def test_models_from_functions_show_their_numbers():
+    params = {"mean": jnp.array([1.5, 2.25]), "scale": 1.0}
+    for model in (
+        jaxem.from_log_joint(lambda params, x: x, params),
+        jaxem.from_functions(lambda params, x: x, lambda statistics: statistics, params),
+    ):
+        assert "{'mean': [1.5  2.25], 'scale': 1.0}" in repr(model)
+
+
+def test_a_family_without_parameters_takes_one_line():
+    labels = jaxem.emissions.Labels(2)
+    assert repr(labels) == "Labels()"
+    both = jaxem.emissions.Independent((jaxem.emissions.Poisson([[1.0], [2.0]]), labels))
+    assert "\n    Labels(),\n" in repr(both)
+
+
 def test_large_and_traced_parameters_show_their_shape():
     large = jaxem.Mixture(np.full(20, 0.05), jaxem.emissions.Poisson(np.ones((20, 3))))
     assert "rate=float64[20,3]" in repr(large)

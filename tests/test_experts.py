@@ -164,6 +164,24 @@ def test_separated_components_need_the_prior_that_keeps_them_finite():
     np.testing.assert_allclose(jnp.sum(solution.model.gate.slopes), 0, atol=1e-6)
 
 
+def test_the_prior_of_a_gate_is_normal_about_its_law():
+    gate = LogisticGate([[0.5, -1.0], [0.2, 0.3]], [0.1, -0.4])
+    law = {"coefficients": [[1.0, 0.0], [-1.0, 0.5]], "intercept": [0.3, -0.2]}
+    prior = gate.prior(precision=[2.0, 0.5], intercept_precision=3.0, **law)
+
+    def value(gate):
+        return gate.expected_log_prob(prior.at(gate).sums)
+
+    def by_hand(gate):
+        slopes = (gate.slopes - jnp.array(law["coefficients"])) ** 2 * jnp.array([2.0, 0.5])
+        levels = 3 * (gate.intercepts - jnp.array(law["intercept"])) ** 2
+        return -0.5 * (jnp.sum(slopes) + jnp.sum(levels))
+
+    other = LogisticGate([[0.0, 2.0], [1.0, 0.0]], [1.0, 0.0])
+    found, expected = value(other) - value(gate), by_hand(other) - by_hand(gate)
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
+
+
 def test_parts_of_a_gate_are_held():
     case = CASES["experts"]()
     model = jaxem.freeze(case.model, "gate.coefficients", mask=[True, False])

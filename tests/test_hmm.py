@@ -16,7 +16,7 @@ from test_adjoints import agree, gradient_and_difference
 import jaxem
 from jaxem import HMM, RESULTS, Sequences
 from jaxem._core.parameters import named_parameters
-from jaxem.factors import Transition
+from jaxem.factors import LogisticTransition, Transition
 
 KEY = jax.random.key(0)
 RAGGED = ["hmm-gaussian", "hmm-left-to-right"]
@@ -369,6 +369,29 @@ def test_dirichlet_priors_are_pseudo_counts(sticky):
     close(after.emission, plain.emission)
 
 
+def test_the_prior_of_driven_transitions_is_normal_about_its_law():
+    matrix, slopes = jnp.array([[0.7, 0.3], [0.4, 0.6]]), jnp.array([[[1.0], [0.0]], [[0.5], [-1]]])
+    driven = LogisticTransition(matrix, slopes)
+    law = {"coefficients": 0.5 * slopes, "baseline": [[0.5, 0.5], [0.2, 0.8]]}
+    prior = driven.prior(precision=2.0, baseline_precision=[3.0, 0.0], **law)
+
+    def centred(values):
+        return values - jnp.mean(values, axis=1, keepdims=True)
+
+    def by_hand(driven):
+        levels = centred(driven.logits - jnp.log(jnp.array(law["baseline"]))) ** 2
+        others = centred(driven.slopes - law["coefficients"]) ** 2
+        return -0.5 * (3 * jnp.sum(levels[0]) + 2 * jnp.sum(others))
+
+    def value(driven):
+        return driven.expected_log_prob(prior.at(driven).sums)
+
+    other = LogisticTransition(law["baseline"], -slopes)
+    close(value(other) - value(driven), by_hand(other) - by_hand(driven))
+    with pytest.raises(ValueError, match="negative"):
+        driven.prior(precision=-1.0)
+
+
 def test_a_prior_of_tied_and_forbidden_transitions():
     """Rows that share a distribution share their pseudo-counts; what is forbidden gets none."""
     tied = Transition([[0.5, 0.5], [0.5, 0.5]], tied=[0, 0])
@@ -469,7 +492,7 @@ def test_a_stationary_fit_with_zeros_and_held_rows_climbs(rows):
 
 def test_weights_of_zero_are_a_plain_transition():
     model, data, *_ = CASES["hmm-logistic-transition"]()
-    driven = HMM(model.initial, jaxem.factors.LogisticTransition(STAY, 1), model.emission)
+    driven = HMM(model.initial, LogisticTransition(STAY, 1), model.emission)
     plain = HMM(model.initial, STAY, model.emission)
     close(driven.log_prob(data), plain.log_prob(data.values))
     fitted = jaxem.fit(
@@ -496,7 +519,7 @@ def test_inputs_that_drive_nothing_do_not_matter():
 
 def test_inputs_drive_the_step_into_theirs():
     """An input that forces state 1 at one step alone."""
-    force = jaxem.factors.LogisticTransition([[0.5, 0.5], [0.5, 0.5]], [[[-40.0], [40.0]]] * 2)
+    force = LogisticTransition([[0.5, 0.5], [0.5, 0.5]], [[[-40.0], [40.0]]] * 2)
     model = HMM([1.0, 0.0], force, jaxem.emissions.Poisson([[1.0], [5.0]]))
     inputs = jnp.zeros((50, 6, 1)).at[:, 3].set(1.0)
     _, z = model.sample(KEY, 50, 6, inputs)
@@ -507,11 +530,11 @@ def test_inputs_drive_the_step_into_theirs():
 
 
 def test_logistic_weights_are_found_again():
-    truth = jaxem.factors.LogisticTransition(STAY, [[[1.0], [-1.0]], [[-0.5], [0.5]]])
+    truth = LogisticTransition(STAY, [[[1.0], [-1.0]], [[-0.5], [0.5]]])
     model = HMM([0.5, 0.5], truth, jaxem.emissions.Poisson([[1.0], [30.0]]))
     inputs = jax.random.normal(jax.random.key(1), (20, 100, 1))
     x, _ = model.sample(jax.random.key(2), 20, 100, inputs)
-    start = HMM([0.5, 0.5], jaxem.factors.LogisticTransition(STAY, 1), model.emission)
+    start = HMM([0.5, 0.5], LogisticTransition(STAY, 1), model.emission)
     data = Sequences(x, inputs=inputs)
     solution = jaxem.fit(start, data, tol=1e-6)
     errors = jaxem.inference.standard_errors(solution, data)["transition"]["coefficients"]
@@ -658,7 +681,8 @@ def perturbed_fit(name, t, adjoint, **options):
     """A smooth function of a fit whose data, weights and prior move with t."""
     model, data, *_ = CASES[name]()
     sample_weight = 1 + t[1] * np.random.default_rng(2).normal(size=14)
-    rows = model.transition.prior(1.5 if name == "hmm-logistic-transition" else 1.0)
+    driven = name == "hmm-logistic-transition"
+    rows = model.transition.prior(precision=1.5) if driven else model.transition.prior(1.0)
     prior = (1 + t[2]) * model.prior(initial=2.0, transition=rows)
     solution = jaxem.fit(
         model,

@@ -351,7 +351,7 @@ def test_fits_run_under_jit_and_vmap():
     start = PoissonDuration([2.0, 2.0, 2.0], 8)
 
     def run(key):
-        model = HSMM.init(key, x, jaxem.emissions.Poisson, start)
+        model = HSMM.init(key, x, 3, jaxem.emissions.Poisson, duration=start)
         return jaxem.fit(model, x, max_steps=20, throw=False)
 
     keys = jax.random.split(jax.random.key(9), 3)

@@ -1,6 +1,7 @@
 """Starts: k-means++ in the family's own deviance, random observations, responsibilities."""
 
 import functools
+import inspect
 
 import equinox as eqx
 import jax
@@ -36,6 +37,20 @@ FAMILIES = {
 CORNERS = np.array([[0.0, 0.0], [50.0, 0.0], [0.0, 50.0], [50.0, 50.0]])
 GROUP = np.repeat(np.arange(4), [61, 20, 8, 3])
 CORNERED = jnp.asarray(CORNERS[GROUP] + np.random.default_rng(2).normal(size=(92, 2)))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [jaxem.Mixture, jaxem.MixtureOfExperts, jaxem.HMM, jaxem.HSMM],
+    ids=lambda m: m.__name__,
+)
+def test_all_starts_take_the_same_arguments(model):
+    taken = inspect.signature(model.init).parameters.values()
+    positional = [p.name for p in taken if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert positional[:2] == ["key", "data"] and positional[3:] == ["family"]
+    assert positional[2] in ("num_components", "num_states")
+    named = [p.name for p in taken if p.kind is p.KEYWORD_ONLY]
+    assert {"sample_weight", "method"} <= set(named)
 
 
 @functools.partial(jax.jit, static_argnames=("family", "k", "method"))

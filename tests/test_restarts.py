@@ -125,8 +125,9 @@ FIRST_FITS = {
     "hsmm": lambda fit: fit(
         jaxem.HSMM.init,
         SEQUENCES,
+        2,
         jaxem.emissions.Poisson,
-        jaxem.factors.PoissonDuration([1.0, 2.0], 5),
+        duration=jaxem.factors.PoissonDuration([1.0, 2.0], 5),
     ),
     "experts": lambda fit: fit(
         jaxem.MixtureOfExperts.init,

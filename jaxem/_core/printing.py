@@ -5,17 +5,31 @@ from __future__ import annotations
 from typing import Any
 
 import equinox as eqx
+import jax
 import numpy as np
 from jax.core import Tracer
 
-from jaxem._core.parameters import inline, named_parameters
+from jaxem._core.parameters import Parametrized, inline, named_parameters, replace
 
 _MOST = 24  # numbers that are worth reading; larger arrays show their shape
 
 
 def describe(module: Any) -> str:
     """`Mixture(weights=[0.36 0.64], components=Gaussian(…))`, one parameter a line."""
-    return _module(module, named_parameters(module), "")
+    if isinstance(module, Parametrized):
+        return _module(module, named_parameters(module), "")
+    params = jax.tree.map(lambda leaf: _Shown(numbers(leaf, 0)), module.params)
+    return eqx.tree_pformat(replace(module, params=params))
+
+
+class _Shown:
+    """What is printed as a text without quotes."""
+
+    def __init__(self, text: str):
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
 
 
 def _module(module: Any, parameters: dict[str, Any], indent: str) -> str:
@@ -41,7 +55,8 @@ def _module(module: Any, parameters: dict[str, Any], indent: str) -> str:
             comment = comments.get(name, "")
         comma = "," if len(lines) + 1 < len(parameters) else ""
         lines.append(f"{inner}{name}={body}{comma}{comment}\n")
-    return f"{type(module).__name__}(\n" + "".join(lines) + f"{indent})"
+    body = "\n" + "".join(lines) + indent if lines else ""
+    return f"{type(module).__name__}({body})"
 
 
 def _frozen(mask: tuple[bool, ...] | None) -> str:
@@ -54,4 +69,9 @@ def numbers(value: Any, column: int) -> str:
         return f"{type(value).__name__}[]"
     if isinstance(value, Tracer) or value.size > _MOST:
         return f"{value.dtype}[{','.join(str(size) for size in value.shape)}]"
-    return np.array2string(np.asarray(value), precision=5, prefix=" " * column)
+    settings: dict[str, Any] = {"precision": 5, "prefix": " " * column}
+    text = np.array2string(np.asarray(value), **settings)
+    if "e" in text:  # one tiny number would put all of them in exponents
+        settings["formatter"] = {"float_kind": "{:.5g}".format}
+        text = np.array2string(np.asarray(value), **settings)
+    return text

@@ -112,7 +112,7 @@ def _fit(loop: Loop, inputs: Inputs, adjoint: AbstractAdjoint) -> Solution:
         model=shown(state.model),
         objective=state.objective,
         log_likelihood=state.log_likelihood,
-        statistics=Framed(state.statistics.sums, shown(state.model)),
+        statistics=shown(Framed(state.statistics.sums, state.model)),
         history=final.history,
         num_steps=step,
         error=final.error,

@@ -33,6 +33,10 @@ class AbstractFactor(Parametrized):
         """Number of parameters that the M-step moves, as AIC and BIC count them."""
 
     @abc.abstractmethod
+    def tilt(self) -> PyTree[Array]:
+        """Zeros like the sums: the point at which log-potentials are differentiated."""
+
+    @abc.abstractmethod
     def m_step(self, sums: PyTree[Array]) -> Self:
         """The maximiser of `expected_log_prob` over what is free, or one that does not lower it."""
 

@@ -13,8 +13,7 @@ Johnson, Kemp & Kotz (2005), *Univariate Discrete Distributions*, sections 4.10 
 
 import abc
 import math
-from collections.abc import Callable
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import equinox as eqx
 import jax
@@ -27,8 +26,8 @@ from numpy.typing import ArrayLike
 from jaxem._core import linalg as la
 from jaxem._core.constraints import leaves_of, positive, simplex
 from jaxem._core.newton import maximize_by_newton
-from jaxem._core.numerics import divide, pseudo_count
-from jaxem._core.parameters import Frozen, free, update
+from jaxem._core.numerics import divide, float_dtype, pseudo_count
+from jaxem._core.parameters import Frozen, free, leading_size, update
 from jaxem._core.statistics import Framed
 from jaxem.factors._base import AbstractFactor
 from jaxem.factors._simplex import log_shares
@@ -42,13 +41,16 @@ class AbstractDuration(AbstractFactor):
 
     max_duration: eqx.AbstractVar[int]
 
-    @property
-    @abc.abstractmethod
-    def num_states(self) -> int: ...
-
     @abc.abstractmethod
     def log_prob(self) -> Float[Array, "k D"]:
-        """log p(d) of d = 1 … D, whose cotangents are expected counts; finite."""
+        """log p(d) of d = 1 … D; finite."""
+
+    @property
+    def num_states(self) -> int:
+        return leading_size(self, next(iter(self.parameters)))
+
+    def tilt(self) -> Float[Array, "k D"]:
+        return jnp.zeros((self.num_states, self.max_duration), float_dtype(self))
 
     def expected_log_prob(self, sums: Float[Array, "k D"]) -> Float[Array, ""]:
         """Q(self; sums) = Σ n(d) log p(d)."""
@@ -106,10 +108,6 @@ class CategoricalDuration(AbstractDuration):
         return jax.nn.softmax(self.logits, axis=1)
 
     @property
-    def num_states(self) -> int:
-        return self.logits.shape[0]
-
-    @property
     def max_duration(self) -> int:
         return self.logits.shape[1]
 
@@ -124,7 +122,34 @@ class CategoricalDuration(AbstractDuration):
         return update(self, logits=log_shares(sums, self.logits))
 
 
-class PoissonDuration(AbstractDuration):
+class AbstractParametricDuration(AbstractDuration):
+    """Durations of a family that is written by its ratios; each parameter is one number a state."""
+
+    @classmethod
+    @abc.abstractmethod
+    def log_ratios(cls, leaves: Float[Array, "*k p"], d: Float[Array, " D-1"]) -> Array:
+        """log p(d + 1) / p(d), shape (*k, D − 1), from the leaves in the order of `parameters`."""
+
+    @property
+    def num_free_parameters(self) -> int:
+        return int(np.sum(np.minimum(np.sum(self._free(), axis=1), self.max_duration - 1)))
+
+    def log_prob(self) -> Float[Array, "k D"]:
+        return _log_prob(self.log_ratios, self._leaves(), self.max_duration)
+
+    def m_step(self, sums: Float[Array, "k D"]) -> Self:
+        found = _maximum(self.log_ratios, self._leaves(), sums, self._free())
+        leaves = (parameter.leaf for parameter in self.parameters.values())
+        return update(self, **dict(zip(leaves, found.T, strict=True)))
+
+    def _leaves(self) -> Float[Array, "k p"]:
+        return jnp.stack([getattr(self, p.leaf) for p in self.parameters.values()], axis=1)
+
+    def _free(self) -> np.ndarray:
+        return np.stack([free(self, name) for name in self.parameters], axis=1)
+
+
+class PoissonDuration(AbstractParametricDuration):
     """d − 1 ~ Poisson(λ), truncated to d ≤ D.
 
     **Arguments:** `rate` (k,), λ, not negative; `max_duration`, D. The M-step keeps rates
@@ -146,23 +171,12 @@ class PoissonDuration(AbstractDuration):
     def rate(self) -> Float[Array, " k"]:
         return jnp.exp(self.log_rate)
 
-    @property
-    def num_states(self) -> int:
-        return self.log_rate.shape[0]
-
-    @property
-    def num_free_parameters(self) -> int:
-        return int(np.sum(free(self, "rate"))) * min(self.max_duration - 1, 1)
-
-    def log_prob(self) -> Float[Array, "k D"]:
-        return _poisson(self.log_rate[:, None], self.max_duration)
-
-    def m_step(self, sums: Float[Array, "k D"]) -> Self:
-        theta = _maximum(_poisson, self.log_rate[:, None], sums, free(self, "rate")[:, None])
-        return update(self, log_rate=theta[:, 0])
+    @classmethod
+    def log_ratios(cls, leaves, d):
+        return leaves - jnp.log(d)
 
 
-class NegativeBinomialDuration(AbstractDuration):
+class NegativeBinomialDuration(AbstractParametricDuration):
     """d − 1 ~ NB(μ, α), of mean μ and variance μ + μ²/α, truncated to d ≤ D.
 
     Concentration 1 gives geometric durations, those of a Markov chain that stays with probability
@@ -198,25 +212,13 @@ class NegativeBinomialDuration(AbstractDuration):
     def concentration(self) -> Float[Array, " k"]:
         return jnp.exp(self.log_concentration)
 
-    @property
-    def num_states(self) -> int:
-        return self.log_mean.shape[0]
-
-    @property
-    def num_free_parameters(self) -> int:
-        of_each_state = free(self, "mean").astype(int) + free(self, "concentration")
-        return int(np.sum(np.minimum(of_each_state, self.max_duration - 1)))
-
-    def _parameters(self) -> Float[Array, "k 2"]:
-        return jnp.stack([self.log_mean, self.log_concentration], axis=1)
-
-    def log_prob(self) -> Float[Array, "k D"]:
-        return _negative_binomial(self._parameters(), self.max_duration)
-
-    def m_step(self, sums: Float[Array, "k D"]) -> Self:
-        is_free = np.stack([free(self, "mean"), free(self, "concentration")], axis=1)
-        theta = _maximum(_negative_binomial, self._parameters(), sums, is_free)
-        return update(self, log_mean=theta[:, 0], log_concentration=theta[:, 1])
+    @classmethod
+    def log_ratios(cls, leaves, d):
+        log_mean, log_alpha = leaves[..., :1], leaves[..., 1:]
+        # log (α + d − 1) − log (α + μ) about α, which may be large
+        grown = jax.nn.softplus(la.floored_log(d - 1) - log_alpha)
+        shrunk = jax.nn.softplus(log_mean - log_alpha)
+        return log_mean + grown - shrunk - jnp.log(d)
 
 
 def _checked_duration(max_duration: int) -> int:
@@ -225,41 +227,28 @@ def _checked_duration(max_duration: int) -> int:
     return max_duration
 
 
-def _poisson(parameters: Float[Array, "*k 1"], longest: int) -> Float[Array, "*k D"]:
-    log_rate, step = parameters, jnp.arange(1, longest, dtype=parameters.dtype)
-    return _from_log_ratios(log_rate - jnp.log(step))
-
-
-def _negative_binomial(parameters: Float[Array, "*k 2"], longest: int) -> Float[Array, "*k D"]:
-    log_mean, log_alpha = parameters[..., :1], parameters[..., 1:]
-    step = jnp.arange(1, longest, dtype=parameters.dtype)
-    # log (α + d − 1) − log (α + μ) about α, which may be large
-    grown = jax.nn.softplus(la.floored_log(step - 1) - log_alpha)
-    shrunk = jax.nn.softplus(log_mean - log_alpha)
-    return _from_log_ratios(log_mean + grown - shrunk - jnp.log(step))
-
-
-def _from_log_ratios(log_ratios: Float[Array, "*k D-1"]) -> Float[Array, "*k D"]:
-    first = jnp.zeros((*log_ratios.shape[:-1], 1), log_ratios.dtype)
-    log_prob = jnp.concatenate([first, jnp.cumsum(log_ratios, axis=-1)], axis=-1)
-    return jax.nn.log_softmax(log_prob, axis=-1)
+def _log_prob(log_ratios: Any, leaves: Float[Array, "*k p"], longest: int) -> Float[Array, "*k D"]:
+    ratios = log_ratios(leaves, jnp.arange(1, longest, dtype=leaves.dtype))
+    first = jnp.zeros((*leaves.shape[:-1], 1), leaves.dtype)
+    relative = jnp.concatenate([first, jnp.cumsum(ratios, axis=-1)], axis=-1)
+    return jax.nn.log_softmax(relative, axis=-1)
 
 
 @eqx.filter_jit  # an eager call compiles once
 def _maximum(
-    family: Callable[[Array, int], Array],
-    parameters: Float[Array, "k p"],
+    log_ratios: Any,
+    leaves: Float[Array, "k p"],
     counts: Float[Array, "k D"],
     is_free: np.ndarray,
 ) -> Float[Array, "k p"]:
-    """The maximum of Σ n(d) log p(d) for each state; parameters as they are where n is zero."""
-    longest, log_eps = counts.shape[1], math.log(jnp.finfo(parameters.dtype).eps)
+    """The maximum of Σ n(d) log p(d) for each state; leaves as they are where n is zero."""
+    longest, log_eps = counts.shape[1], math.log(jnp.finfo(leaves.dtype).eps)
     bounds = [(log_eps, math.log(longest) - log_eps / 2), (log_eps / 2, -log_eps / 2)]
-    lower, upper = np.array(bounds[: parameters.shape[1]]).T.astype(parameters.dtype)
+    lower, upper = np.array(bounds[: leaves.shape[1]]).T.astype(leaves.dtype)
     total = jnp.sum(counts, axis=1, keepdims=True)
 
     def mean_log_prob(theta: Array, shares: Array) -> Array:
-        return jnp.sum(shares * family(theta, longest))
+        return jnp.sum(shares * _log_prob(log_ratios, theta, longest))
 
     def one(start: Array, shares: Array, is_free: Array) -> Array:
         begin = lax.stop_gradient(start)
@@ -268,5 +257,5 @@ def _maximum(
             mean_log_prob, start, shares, free=is_free, lower=least, upper=most
         )
 
-    found = jax.vmap(one)(parameters, divide(counts, total), jnp.asarray(is_free))
-    return jnp.where(total > 0, found, parameters)
+    found = jax.vmap(one)(leaves, divide(counts, total), jnp.asarray(is_free))
+    return jnp.where(total > 0, found, leaves)

@@ -148,22 +148,25 @@ class LogisticGate(AbstractFactor, AbstractLocal):
     def expected_log_prob(self, sums: GateSums) -> Float[Array, ""]:
         return sums.quadratic.value
 
-    def prior(self, *, precision: ArrayLike = 0.0, intercept_precision: ArrayLike = 0.0) -> Framed:
-        """Normal priors of the coefficients about zero, as pseudo-statistics; flat by default.
+    def prior(
+        self,
+        *,
+        precision: ArrayLike = 0.0,
+        intercept_precision: ArrayLike = 0.0,
+        coefficients: ArrayLike = 0.0,
+        intercept: ArrayLike = 0.0,
+    ) -> Framed:
+        """Normal priors of the coefficients, as pseudo-statistics; a ridge by default.
 
-        **Arguments:** precisions ≥ 0: `precision`, broadcasting to (k, p), and
-        `intercept_precision`, to (k,).
+        **Arguments:** the means `coefficients`, broadcasting to (k, p), and `intercept`, to (k,);
+        their precisions ≥ 0, which broadcast likewise.
 
-        **Raises:** `ValueError` for a negative precision.
+        **Raises:** `ValueError` for a negative precision, or means that are not finite.
         """
+        frame = self.with_parameters(coefficients=coefficients, intercept=intercept)
+        frame = replace(frame, inputs=InputFrame.at_zero(self.slopes[None]))
         own = pseudo_count("intercept_precision", intercept_precision, self.intercepts)
         others = pseudo_count("precision", precision, self.slopes)
         diagonal = jnp.concatenate([own[:, None], others], axis=1).reshape(-1)
-        frame = replace(
-            self,
-            slopes=jnp.zeros_like(self.slopes),
-            intercepts=jnp.zeros_like(self.intercepts),
-            inputs=InputFrame.at_zero(self.slopes[None]),
-        )
         flat, moments = self.tilt()
         return Framed(GateSums(flat._replace(curvature=Blocks(jnp.diag(diagonal))), moments), frame)

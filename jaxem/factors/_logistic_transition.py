@@ -24,7 +24,7 @@ from jaxem._core import linalg as la
 from jaxem._core.checks import check_shape
 from jaxem._core.constraints import leaves_of, real, simplex
 from jaxem._core.numerics import as_float, pseudo_count
-from jaxem._core.parameters import Frozen, free, replace, update
+from jaxem._core.parameters import Frozen, free, update
 from jaxem._core.quadratic import Kronecker, LocalQuadratic
 from jaxem._core.statistics import Framed
 from jaxem.factors._transition import AbstractTransition
@@ -126,14 +126,29 @@ class LogisticTransition(AbstractTransition):
     def expected_log_prob(self, sums: LocalQuadratic) -> Float[Array, ""]:
         return sums.value
 
-    def prior(self, precision: ArrayLike = 0.0) -> Framed:
-        """A normal prior of the coefficients about zero; `precision` a number, or one an input.
+    def prior(
+        self,
+        *,
+        precision: ArrayLike = 0.0,
+        baseline_precision: ArrayLike = 0.0,
+        coefficients: ArrayLike = 0.0,
+        baseline: ArrayLike | None = None,
+    ) -> Framed:
+        """Normal priors of the coefficients, as pseudo-statistics; a ridge by default.
 
-        **Raises:** `ValueError` for a negative precision.
+        Of each state's coefficients of an input over the targets, and of the logarithms of its row
+        of the baseline, less what they have in common.
+
+        **Arguments:** the means `coefficients`, broadcasting to (k, k, p), and `baseline`, (k, k),
+        default: the present one; their precisions ≥ 0: `precision`, broadcasting to (k, p), and
+        `baseline_precision`, to (k,).
+
+        **Raises:** `ValueError` for a negative precision, or means that are no such parameters.
         """
-        k, _, p = self.slopes.shape
-        precision = pseudo_count("precision", precision, self.slopes[0, 0])
-        moments = 2 * jnp.diag(jnp.concatenate([jnp.zeros(1, precision.dtype), precision]))
-        moments = jnp.broadcast_to(moments, (k, 1 + p, 1 + p))
-        at_zero = replace(self, slopes=jnp.zeros_like(self.slopes))
-        return Framed(self.tilt()._replace(curvature=Kronecker(moments)), at_zero)
+        law = {} if baseline is None else {"baseline": baseline}
+        frame = self.with_parameters(coefficients=coefficients, **law)
+        own = pseudo_count("baseline_precision", baseline_precision, self.logits[:, 0])
+        others = pseudo_count("precision", precision, self.slopes[:, 0])
+        diagonal = 2 * jnp.concatenate([own[:, None], others], axis=1)
+        moments = diagonal[:, :, None] * np.eye(diagonal.shape[1], dtype=diagonal.dtype)
+        return Framed(self.tilt()._replace(curvature=Kronecker(moments)), frame)

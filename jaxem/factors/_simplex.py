@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 from numpy.typing import ArrayLike
 
 from jaxem._core import linalg as la
 from jaxem._core.checks import check_shape, check_values
 from jaxem._core.constraints import is_simplex, simplex
 from jaxem._core.numerics import as_float, pseudo_count
-from jaxem._core.parameters import Frozen, free, frozen_mask, replace
+from jaxem._core.parameters import Frozen, free, replace
 from jaxem._core.statistics import Framed
 from jaxem.factors._base import AbstractFactor
 
@@ -41,10 +41,8 @@ class Simplex(AbstractFactor):
     frozen: Frozen = eqx.field(static=True)
 
     def __init__(self, probability: ArrayLike, *, name: str = "probability"):
-        probability = as_float(probability)
-        check_shape(name, probability, ("k",))
-        check_simplex(name, probability)
-        self.logits, self.frozen = la.floored_log(probability), ()
+        self.logits = self.parameters["probability"].checked(name, as_float(probability), {})
+        self.frozen = ()
 
     @property
     def probability(self) -> Float[Array, " k"]:
@@ -58,13 +56,23 @@ class Simplex(AbstractFactor):
     def num_free_parameters(self) -> int:
         return max(int(np.sum(free(self, "probability"))) - 1, 0)
 
+    def tilt(self) -> Float[Array, " k"]:
+        return jnp.zeros_like(self.logits)
+
     def canonical(self) -> Float[Array, " k"]:
         """log p."""
         return jax.nn.log_softmax(self.logits)
 
     def m_step(self, sums: Float[Array, " k"]) -> Self:
-        frozen = frozen_mask(self, "probability")
-        return replace(self, logits=free_log_shares(sums, self.logits, frozen))
+        frozen = ~free(self, "probability")
+        if frozen.all():
+            return self
+        if not frozen.any():
+            return replace(self, logits=log_shares(sums, self.logits))
+        now = self.canonical()
+        left = la.floored_log(1 - jnp.sum(jnp.where(frozen, jnp.exp(now), 0)))
+        shares = left + log_shares(jnp.where(frozen, 0, sums), now)
+        return replace(self, logits=jnp.where(frozen, now, shares))
 
     def reframe(self, sums: Float[Array, " k"], old: Self) -> Float[Array, " k"]:
         return sums
@@ -117,6 +125,9 @@ class Stationary(AbstractFactor):
     def num_free_parameters(self) -> int:
         return 0
 
+    def tilt(self) -> Float[Array, " k"]:
+        return jnp.zeros_like(self.like)
+
     def expected_log_prob(self, sums: Float[Array, " k"]) -> Float[Array, ""]:
         """0: what first states say of the transitions is in the model's own Q."""
         return jnp.zeros((), self.like.dtype)
@@ -140,26 +151,8 @@ def check_simplex(name: str, value: Float[Array, "*b m"]) -> None:
     )
 
 
-def one_hot(x: Int[Array, "n d"], num_categories: int, dtype: Any) -> Float[Array, "n d*m"]:
-    hot = x[:, :, None] == jnp.arange(num_categories, dtype=x.dtype)
-    return hot.reshape(x.shape[0], -1).astype(dtype)
-
-
 def log_shares(counts: Float[Array, "*b m"], old: Float[Array, "*b m"]) -> Float[Array, "*b m"]:
     """log(counts / Σ counts) along the last axis, floored; `old` where nothing was counted."""
     total = jnp.sum(counts, axis=-1, keepdims=True)
     shares = counts / jnp.where(total > 0, total, 1)
     return jnp.where(total > 0, la.floored_log(shares), old)
-
-
-def free_log_shares(
-    counts: Float[Array, " m"], old: Float[Array, " m"], frozen: bool | np.ndarray
-) -> Float[Array, " m"]:
-    """`log_shares` where some entries are frozen: the others share what those leave."""
-    if frozen is False:
-        return log_shares(counts, old)
-    if frozen is True:
-        return old
-    now = jax.nn.log_softmax(old)
-    left = la.floored_log(1 - jnp.sum(jnp.where(frozen, jnp.exp(now), 0)))
-    return jnp.where(frozen, now, left + log_shares(jnp.where(frozen, 0, counts), now))

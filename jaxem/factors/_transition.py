@@ -16,14 +16,13 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 from numpy.typing import ArrayLike
 
-from jaxem._core import linalg as la
 from jaxem._core.checks import check_shape, check_values, concrete
 from jaxem._core.constraints import simplex
 from jaxem._core.numerics import as_float, pseudo_count
 from jaxem._core.parameters import Frozen, free, update
 from jaxem._core.statistics import Framed
 from jaxem.factors._base import AbstractFactor
-from jaxem.factors._simplex import check_simplex, log_shares
+from jaxem.factors._simplex import log_shares
 from jaxem.latents import chain
 
 
@@ -41,10 +40,6 @@ class AbstractTransition(AbstractFactor):
     @abc.abstractmethod
     def check(self, inputs: Array | None) -> None:
         """Raises `ValueError` at trace time unless `inputs` (b, t, p) are what it needs."""
-
-    @abc.abstractmethod
-    def tilt(self) -> PyTree[Array]:
-        """Zeros like the sums."""
 
     @abc.abstractmethod
     def matrix_at(self, tilt: PyTree[Array], inputs: Float[Array, "t p"] | None) -> Array:
@@ -86,16 +81,16 @@ class Transition(AbstractTransition):
         tied: Sequence[int] | None = None,
     ):
         matrix = as_float(matrix)
-        k = matrix.shape[0] if matrix.ndim else 0
-        check_shape("transition matrix", matrix, (max(k, 1), max(k, 1)))
-        check_simplex("transition matrix", matrix)
+        k = len(matrix) if matrix.ndim else 1
+        logits = self.parameters["matrix"].checked("transition matrix", matrix, {"k": max(k, 1)})
         labels = list(range(k)) if tied is None else np.atleast_1d(tied).tolist()
         if len(labels) != k:
             raise ValueError(f"tied needs one label for each of {k} rows, got {len(labels)}.")
         first = [labels.index(label) for label in dict.fromkeys(labels)]
         self.row = tuple(list(dict.fromkeys(labels)).index(label) for label in labels)
+        shared = np.asarray(first)[list(self.row)]
         check_values(
-            jnp.abs(matrix - matrix[np.asarray(first)][np.asarray(self.row)]) < 1e-6,
+            jnp.abs(matrix - matrix[shared]) < 1e-6,
             "rows of the transition matrix that are tied must be equal.",
         )
         values = concrete(matrix)
@@ -106,14 +101,12 @@ class Transition(AbstractTransition):
             check_shape("mask", jnp.asarray(possible), (k, k))
             inside = possible | (matrix <= 1e-6)
             check_values(inside, "the transition matrix is positive where mask forbids it.")
-        if not np.array_equal(possible, possible[np.asarray(first)][np.asarray(self.row)]):
+        if not np.array_equal(possible, possible[shared]):
             raise ValueError("rows that are tied must allow the same transitions.")
-        possible = possible[np.asarray(first)]
         if not possible.any(axis=1).all():
             raise ValueError("a row of the transition matrix allows no transition.")
-        self.mask = None if possible.all() else tuple(map(tuple, possible.tolist()))
-        self.logits = la.floored_log(matrix[np.asarray(first)])
-        self.frozen = ()
+        self.mask = None if possible.all() else tuple(map(tuple, possible[first].tolist()))
+        self.logits, self.frozen = logits[np.asarray(first)], ()
 
     @classmethod
     def sticky(cls, num_states: int, stay: ArrayLike = 0.9) -> Self:
@@ -144,16 +137,20 @@ class Transition(AbstractTransition):
 
     @property
     def num_free_parameters(self) -> int:
-        possible = self._possible().sum(axis=1) - 1
-        return int(np.sum(possible * free(self, "matrix")))
+        others = self._possible().sum(axis=1) - 1
+        return int(np.sum(others * free(self, "matrix")))
 
     def _possible(self) -> np.ndarray:
         return np.ones(self.logits.shape, bool) if self.mask is None else np.asarray(self.mask)
 
+    @property
+    def possible(self) -> np.ndarray:
+        """Which transitions are possible, (k, k)."""
+        return self._possible()[list(self.row)]
+
     def has_one_class(self) -> bool:
         """Whether one set of states is never left, so that one distribution is stationary."""
-        possible = self._possible()[np.asarray(self.row)]
-        reach = possible | np.eye(self.num_states, dtype=bool)
+        reach = self.possible | np.eye(self.num_states, dtype=bool)
         for _ in range(self.num_states.bit_length()):
             reach = (reach.astype(float) @ reach) > 0
         returns = np.all(~reach | reach.T, axis=1)  # from wherever it may lead
@@ -161,8 +158,7 @@ class Transition(AbstractTransition):
 
     def never_goes_back(self) -> bool:
         """Whether no state leads to one of a lower number, and there are two or more."""
-        possible = self._possible()[np.asarray(self.row)]
-        return self.num_states > 1 and not np.tril(possible, -1).any()
+        return self.num_states > 1 and not np.tril(self.possible, -1).any()
 
     def check(self, inputs: Array | None) -> None:
         if inputs is not None:
@@ -180,8 +176,7 @@ class Transition(AbstractTransition):
         return jnp.where(possible, self.logits - top - jnp.log(total), 0)
 
     def matrix_at(self, tilt: Float[Array, "g k"], inputs: Any) -> Float[Array, "k k"]:
-        matrix = jnp.where(self._possible(), jnp.exp(self._log_prob() + tilt), 0)
-        return matrix[np.asarray(self.row)]
+        return jnp.exp(self.log_matrix_at(tilt))
 
     def log_matrix_at(self, tilt: Float[Array, "g k"]) -> Float[Array, "k k"]:
         """Log-probabilities, −∞ where no transition is possible."""
@@ -212,14 +207,12 @@ class Transition(AbstractTransition):
         **Raises:** `ValueError` for negative counts, another shape, or a matrix that is positive
         where no transition is possible.
         """
-        like, rows = self.logits[0], np.asarray(self.row)
-        possible = self._possible()[rows]
+        like, rows, possible = self.logits[0], np.asarray(self.row), self.possible
         if matrix is None:
             law = jnp.asarray(possible / possible.sum(axis=1, keepdims=True), like.dtype)
         else:
             law = jnp.asarray(matrix, like.dtype)
-            check_shape("the prior's matrix", law, possible.shape)
-            check_simplex("the prior's matrix", law)
+            self.parameters["matrix"].checked("the prior's matrix", law, {"k": self.num_states})
             allowed = "the prior's matrix is positive where the transition is impossible."
             check_values(possible | (law == 0), allowed)
         seen = pseudo_count("count", count, like)[:, None] * law

@@ -3,7 +3,7 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxem.latents import chain
 from jaxem.latents._infer import AbstractSequenceLatent
@@ -30,7 +30,7 @@ class Chain(AbstractSequenceLatent):
         return value, chain.of_path(path, value, self.transition)
 
     def draw(self, key):
-        forward = self.filtering()
+        forward = self._filtering()
         path = chain.sample_path(key, jax.lax.stop_gradient(forward.filtered), self.transition)
         found = chain.of_path(path, forward.log_likelihood, self.transition)
         return found.log_likelihood, found
@@ -41,8 +41,7 @@ class Chain(AbstractSequenceLatent):
         temperature = jnp.asarray(temperature, self.log_prob.dtype)
         start, moves = _power(self.initial, temperature), _power(self.transition, temperature)
         total, totals = jnp.sum(start), jnp.sum(moves, axis=-1)
-        steps = jnp.arange(len(self.log_prob))
-        left = (steps < (len(self.log_prob) if self.length is None else self.length) - 1)[:, None]
+        left = jnp.append(self._within()[1:], False)[:, None]
         tempered = self.log_prob / temperature + jnp.where(left, jnp.log(totals), 0)
         chances = moves / totals[..., None]
         found = chain.smoothing(start / total, chances, tempered, parallel=self.parallel)
@@ -52,16 +51,16 @@ class Chain(AbstractSequenceLatent):
         return value, found._replace(log_likelihood=value, ratio=ratio)
 
     def log_likelihood(self):
-        return self.filtering().log_likelihood
+        return self._filtering().log_likelihood
 
     def log_increments(self):
-        return self.filtering().log_increments
+        return jnp.where(self._within(), self._filtering().log_increments, 0)
 
     def filtered(self):
-        return self.filtering().filtered
+        return jnp.where(self._within()[:, None], self._filtering().filtered, 0)
 
     def smoothed(self):
-        return self._smoothing().smoothed
+        return jnp.where(self._within()[:, None], self._smoothing().smoothed, 0)
 
     def best_path(self):
         paths, log_prob = self.best_paths(1)
@@ -72,9 +71,18 @@ class Chain(AbstractSequenceLatent):
         return chain.viterbi(*given, length=self.length, num_paths=num_paths)
 
     def sample_path(self, key):
-        return chain.sample_path(key, self.filtering().filtered, self.transition)
+        return chain.sample_path(key, self._filtering().filtered, self.transition)
 
-    def filtering(self) -> chain.Filtered:
+    def forecast(self, num_steps: int) -> Float[Array, "h k"]:
+        """State probabilities 1 … `num_steps` steps after the last one."""
+        last = jnp.maximum(jnp.sum(self._within()) - 1, 0)
+        return chain.forecast(self._filtering().filtered[last], self.transition, num_steps)
+
+    def _within(self) -> Bool[Array, " t"]:
+        steps = jnp.arange(len(self.log_prob))
+        return steps < (len(self.log_prob) if self.length is None else self.length)
+
+    def _filtering(self) -> chain.Filtered:
         given = self.initial, self.transition, self.log_prob
         return chain.filtering(*given, parallel=self.parallel)
 

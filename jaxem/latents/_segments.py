@@ -22,7 +22,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxem._core.parameters import replace
 from jaxem.latents import _segments_path as of_path
 from jaxem.latents._chain_blocks import accurate_sum
 from jaxem.latents._chain_steps import log_increment, positive, push, relative_likelihood
@@ -35,13 +34,13 @@ class Segmented(NamedTuple):
     - `initial` (k,): of the first segment's state.
     - `transition` (k, k), `duration` (k, D): of segments that follow each other, and that last
       1 … D steps.
-    - `states` (t, k): P(zₜ = k | x), zeros beyond the end.
+    - `smoothed` (t, k): P(zₜ = k | x), zeros beyond the end.
     """
 
     initial: Float[Array, " k"]
     transition: Float[Array, "k k"]
     duration: Float[Array, "k D"]
-    states: Float[Array, "t k"]
+    smoothed: Float[Array, "t k"]
 
 
 class Segments(AbstractSequenceLatent):
@@ -63,7 +62,7 @@ class Segments(AbstractSequenceLatent):
     def mode(self):
         """The best path; the last segment's duration beyond the end keeps its distribution."""
         path, _ = self.best_path()
-        return self._differentiated(lambda s: of_path.log_prob(_chances(s), path))
+        return self._differentiated(lambda s: of_path.log_prob(s, path))
 
     def draw(self, key):
         value, increments, filtered = _filtered(self)
@@ -74,34 +73,27 @@ class Segments(AbstractSequenceLatent):
 
     def tempered(self, temperature):
         temperature = jnp.asarray(temperature, self.log_prob.dtype)
+        a, b, c, d = (_scaled(leaf, 1 / temperature) for leaf in self.potentials())
+        value, found = Segments(a, b, c, d, self.within).exact()
+        return temperature * value, found
 
-        def free_energy(s: Segments) -> Float[Array, ""]:
-            initial, transition, duration, log_prob = (
-                _scaled(leaf, 1 / temperature) for leaf in s.potentials()
-            )
-            powered = Segments(initial, transition, duration, log_prob, s.within)
-            return temperature * powered.log_likelihood()
-
-        return self._differentiated(free_energy)
-
-    def log_likelihood(self) -> Float[Array, ""]:
+    def log_likelihood(self):
         return _filter(self)[0]
 
-    def log_increments(self) -> Float[Array, " t"]:
+    def log_increments(self):
         return _filter(self)[1]
 
-    def filtered(self) -> Float[Array, "t k"]:
+    def filtered(self):
         return jnp.where(self.within[:, None], jnp.sum(_filtered(self)[2], axis=2), 0)
 
-    def smoothed(self) -> Float[Array, "t k"]:
-        value = lambda log_prob: replace(self, log_prob=log_prob).log_likelihood()  # noqa: E731
-        return jnp.where(self.within[:, None], jax.grad(value)(self.log_prob), 0)
+    def smoothed(self):
+        return self.exact()[1].smoothed
 
-    def best_path(self) -> tuple[Int[Array, " t"], Float[Array, ""]]:
-        path = of_path.viterbi(_chances(jax.tree.map(lax.stop_gradient, self)))
-        return path, of_path.log_prob(_chances(self), path)
+    def best_path(self):
+        path = of_path.viterbi(jax.tree.map(lax.stop_gradient, self))
+        return path, of_path.log_prob(self, path)
 
-    def sample_path(self, key: Array) -> Int[Array, " t"]:
+    def sample_path(self, key):
         """A draw given the sequence; −1 throughout where the sequence is impossible."""
         _, increments, filtered = _filtered(self)
         return jnp.where(jnp.all(increments > -jnp.inf), _drawn(key, self, filtered)[0], -1)
@@ -115,22 +107,6 @@ class Segments(AbstractSequenceLatent):
             lambda a, b, c, d: function(Segments(a, b, c, d, self.within)), *self.potentials()
         )
         return value, Segmented(*pull(jnp.ones_like(value)))
-
-
-class Chances(NamedTuple):
-    """Segments by probabilities."""
-
-    initial: Float[Array, " k"]
-    transition: Float[Array, "k k"]
-    duration: Float[Array, "k D"]
-    log_prob: Float[Array, "t k"]
-    within: Bool[Array, " t"]
-
-
-def _chances(s: Segments) -> Chances:
-    possible = s.transition > -jnp.inf
-    transition = jnp.where(possible, jnp.exp(jnp.where(possible, s.transition, 0)), 0)
-    return Chances(jnp.exp(s.initial), transition, jnp.exp(s.duration), s.log_prob, s.within)
 
 
 def _scaled(log_potential: Array, by: Array) -> Array:
@@ -147,7 +123,8 @@ def _filter(
     log p(x) = Σ log cₜ + log Σ α: with the scales cₜ held fixed, derivatives of any order are
     exact. Those of a scale would be divided by its square, which vanishes where the data surprise.
     """
-    initial, transition, duration, log_prob, within = _chances(s)
+    initial, transition, duration = map(jnp.exp, (s.initial, s.transition, s.duration))
+    log_prob, within = s.log_prob, s.within
     least = jnp.finfo(log_prob.dtype).tiny / jnp.finfo(log_prob.dtype).eps
 
     def see(predicted: Array, log_b: Array) -> tuple[Array, Array]:  # (k, D), steps left

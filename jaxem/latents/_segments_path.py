@@ -1,8 +1,4 @@
-"""The most probable path of segments, and the probability of a path: see `Segments`.
-
-A semi-Markov chain `s` is given by its probabilities `initial`, `transition`, `duration`, by the
-`log_prob` of its steps and by `within`, which steps there are.
-"""
+"""The most probable path of `Segments` s, and the probability of a path."""
 
 from __future__ import annotations
 
@@ -17,13 +13,12 @@ from jaxem.latents._chain_blocks import accurate_sum
 
 def viterbi(s: Any) -> Int[Array, " t"]:
     """The most probable path, by scores of the best paths into each state and time spent there."""
-    log_matrix, log_duration = jnp.log(s.transition), jnp.log(s.duration)
 
     def step(score: Array, here: Any) -> tuple[Array, tuple[Array, Array]]:  # (k, D), time spent
         log_b, counts = here
-        ended = score + log_duration
+        ended = score + s.duration
         spent = lax.argmax(ended, 1, jnp.int32)
-        ways = jnp.max(ended, axis=1)[:, None] + log_matrix
+        ways = jnp.max(ended, axis=1)[:, None] + s.transition
         origin = lax.argmax(ways, 0, jnp.int32)
         following = jnp.concatenate([jnp.max(ways, axis=0)[:, None], score[:, :-1]], axis=1)
         following = following + log_b[:, None]
@@ -31,10 +26,9 @@ def viterbi(s: Any) -> Int[Array, " t"]:
         following = following - jnp.where(jnp.isfinite(top), top, 0)
         return jnp.where(counts, following, score), (origin, spent)
 
-    start = jnp.full_like(log_duration, -jnp.inf)
-    start = start.at[:, 0].set(jnp.log(s.initial) + s.log_prob[0])
+    start = jnp.full_like(s.duration, -jnp.inf).at[:, 0].set(s.initial + s.log_prob[0])
     score, (origin, spent) = lax.scan(step, start, (s.log_prob[1:], s.within[1:]))
-    last = lax.argmax((score + jnp.log(_survival(s.duration))).reshape(-1), 0, jnp.int32)
+    last = lax.argmax((score + _log_survival(s.duration)).reshape(-1), 0, jnp.int32)
 
     def back(carry: tuple[Array, Array], here: Any) -> tuple[tuple[Array, Array], Array]:
         z, time = carry
@@ -59,17 +53,15 @@ def log_prob(s: Any, path: Int[Array, " t"]) -> Float[Array, ""]:
         (begins & (t == 0), s.initial[path]),
         (begins & (t > 0), s.transition[before, path]),
         (s.within & following[1], s.duration[path, time]),
-        (s.within & ~following[0], _survival(s.duration)[path, time]),
+        (s.within & ~following[0], _log_survival(s.duration)[path, time]),
     )
     log_b = jnp.take_along_axis(s.log_prob, path[:, None], axis=1)[:, 0]
-    logs = [jnp.where(s.within, log_b, 0)]
-    for counts, probability in parts:
-        possible = probability > 0
-        log = jnp.where(possible, jnp.log(jnp.where(possible, probability, 1)), -jnp.inf)
-        logs.append(jnp.where(counts, log, 0))
+    logs = [jnp.where(counts, log, 0) for counts, log in ((s.within, log_b), *parts)]
     return accurate_sum(jnp.sum(jnp.stack(logs), axis=0))
 
 
-def _survival(duration: Float[Array, "k D"]) -> Float[Array, "k D"]:
-    """P(a segment lasts d steps or more)."""
-    return lax.cumsum(duration, axis=1, reverse=True)
+def _log_survival(duration: Float[Array, "k D"]) -> Float[Array, "k D"]:
+    """log P(a segment lasts d steps or more)."""
+    survival = lax.cumsum(jnp.exp(duration), axis=1, reverse=True)
+    possible = survival > 0
+    return jnp.where(possible, jnp.log(jnp.where(possible, survival, 1)), -jnp.inf)

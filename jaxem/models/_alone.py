@@ -4,7 +4,7 @@
 E-step: the emission's sums with responsibility 1. M-step: the emission's own.
 """
 
-from typing import Any, ClassVar, Generic, Self
+from typing import Any, ClassVar, Generic
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -12,15 +12,13 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxem._core.blocks import num_observations
 from jaxem._core.checks import name_of
-from jaxem._core.parameters import Frozen, Parametrized, named_parameters, replace
 from jaxem._core.statistics import Framed
-from jaxem.emissions._base import AbstractEmission, Emission, cheapest, log_prob, width
-from jaxem.latents import AbstractPosterior
-from jaxem.models._base import AbstractModel, all_finite
-from jaxem.models._finite import AbstractJointModel, sums_of_joint
+from jaxem.emissions._base import AbstractEmission, Emission, width
+from jaxem.models._base import AbstractModel
+from jaxem.models._finite import AbstractMixture
 
 
-class Alone(AbstractJointModel, Parametrized, Generic[Emission]):
+class Alone(AbstractMixture, Generic[Emission]):
     """An emission of one component by itself. Data: those of the emission.
 
     `Alone(emission).log_prob(x)` is its log-density, `Alone(emission).sample(key, n)` draws
@@ -31,9 +29,8 @@ class Alone(AbstractJointModel, Parametrized, Generic[Emission]):
     **Raises:** `ValueError` for something else, or several components.
     """
 
-    parameters: ClassVar = {}
+    factors: ClassVar[tuple[str, ...]] = ("emission",)
     emission: Emission
-    frozen: Frozen = eqx.field(static=True)
 
     def __init__(self, emission: Emission):
         if not isinstance(emission, AbstractEmission):
@@ -45,47 +42,10 @@ class Alone(AbstractJointModel, Parametrized, Generic[Emission]):
                 f"{emission.num_components}: several need weights, write "
                 f"jaxem.Mixture(weights, {kind}(…))."
             )
-        self.emission, self.frozen = emission, ()
+        self.emission = emission
 
-    @property
-    def num_components(self) -> int:
-        return 1
-
-    @property
-    def num_free_parameters(self) -> int:
-        return self.emission.num_free_parameters
-
-    def expected_sums(
-        self, data: Any, sample_weight: Any, posterior: AbstractPosterior, key: Any
-    ) -> tuple[Any, Float[Array, ""]]:
-        """The emission's sums about self, and Σ w log p(x)."""
-
-        def total(emission: AbstractEmission) -> tuple[Any, Array]:
-            def log_joint(tilt: Any, x: Any) -> Float[Array, "n 1"]:
-                return emission.log_prob(x, tilt)
-
-            tilt = emission.tilt()
-            return sums_of_joint(self, log_joint, tilt, data, sample_weight, posterior, key)
-
-        return cheapest(self.emission, total, num_observations(data), self.width(data))
-
-    def m_step(self, statistics: Framed) -> Self:
-        """The emission's constrained maximum."""
-        return replace(self, emission=self.emission.m_step(statistics.at(self).sums))
-
-    def reframe(self, sums: Any, old: Self) -> Any:
-        return self.emission.reframe(sums, old.emission)
-
-    def expected_log_prob(self, statistics: Framed) -> Float[Array, ""]:
-        """Q(self; statistics), up to a term in the data alone."""
-        return self.emission.expected_log_prob(statistics.at(self).sums)
-
-    def prior(self, *args: Any, **kwargs: Any) -> Framed:
-        """The emission's prior."""
-        return _framed(self.emission.prior(*args, **kwargs))
-
-    def log_joint(self, data: PyTree[Array]) -> Float[Array, "n 1"]:
-        return log_prob(self.emission, data)
+    def tilted(self, tilt: Any, data: PyTree[Array]) -> Float[Array, "n 1"]:
+        return self.emission.log_prob(data, *tilt)
 
     def sample(self, key: Array, n: int, **options: Any) -> tuple[PyTree[Array], Array]:
         """n draws of x, and the component of each, 0; `options` go to the emission."""
@@ -103,10 +63,7 @@ class Alone(AbstractJointModel, Parametrized, Generic[Emission]):
         return width(self.emission, data)
 
     def degenerate(self, statistics: Framed) -> Bool[Array, " 1"]:
-        return self.emission.degenerate(statistics.at(self).sums)
-
-    def representable(self) -> Bool[Array, ""]:
-        return all_finite(named_parameters(self))
+        return self.emission.degenerate(*statistics.at(self).sums)
 
 
 def as_model(given: Any, who: str) -> AbstractModel:
@@ -128,15 +85,16 @@ def as_model(given: Any, who: str) -> AbstractModel:
     raise ValueError(f"{who} expects a model such as jaxem.Mixture, got {kind}; {advice}.")
 
 
-def shown(model: AbstractModel) -> Any:
-    """What a user gave as the model: the emission of one that is alone."""
-    return model.emission if isinstance(model, Alone) else model
+def shown(given: Any) -> Any:
+    """What a user gave as the model, or statistics of that: the emission of one that is alone."""
+    if isinstance(given, Framed) and isinstance(given.frame, Alone):
+        (sums,) = given.sums
+        return Framed(sums, given.frame.emission)
+    return given.emission if isinstance(given, Alone) else given
 
 
 def framed_alone(prior: Framed | None) -> Framed | None:
     """Statistics of an emission as those of the emission alone."""
-    return None if prior is None else _framed(prior)
-
-
-def _framed(prior: Framed) -> Framed:
-    return prior if isinstance(prior.frame, Alone) else Framed(prior.sums, Alone(prior.frame))
+    if prior is None or isinstance(prior.frame, Alone):
+        return prior
+    return Framed((prior.sums,), Alone(prior.frame))

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxem._core.blocks import as_arrays, num_observations
 from jaxem._core.checks import check_sample_weight
+from jaxem._core.numerics import finite
 from jaxem._core.printing import describe
 from jaxem._core.quadratic import AbstractLocal
 from jaxem._core.statistics import Framed
@@ -24,8 +25,6 @@ class AbstractModel(eqx.Module):
     """
 
     def __repr__(self) -> str:
-        if isinstance(self, AbstractNamelessModel):
-            return eqx.tree_pformat(self)
         return describe(self)
 
     def e_step(
@@ -124,6 +123,30 @@ class AbstractNamelessModel(AbstractModel):
     """A model whose parameters are a user's own PyTree: they have no names."""
 
     params: eqx.AbstractVar[PyTree]
+
+    def sample(self, key: Array, *args: Any, **kwargs: Any) -> Any:
+        """Not available.
+
+        **Raises:** `NotImplementedError`: functions do not say how data are drawn.
+        """
+        raise NotImplementedError(
+            "a model from a log-joint or from functions cannot be sampled: draw from model.params "
+            "by hand."
+        )
+
+    @property
+    def num_free_parameters(self) -> int:
+        """All numbers in `params`, as AIC and BIC count them."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+
+    def in_support(self, data: PyTree[Array]) -> Bool[Array, " n"]:
+        return finite(data)
+
+    def degenerate(self, statistics: Framed) -> Bool[Array, " 1"]:
+        return jnp.zeros((1,), bool)
+
+    def representable(self) -> Bool[Array, ""]:
+        return all_finite(self.params)
 
 
 @eqx.filter_jit  # an eager call compiles once, and a program holds one E-step of a kind

@@ -27,6 +27,10 @@ class AbstractComposite(AbstractModel, Parametrized):
         """Number of parameters that the M-step moves, as AIC and BIC count them."""
         return sum(getattr(self, name).num_free_parameters for name in self.factors)
 
+    def tilt(self) -> tuple[Any, ...]:
+        """Zeros like the sums: the point at which log-potentials are differentiated."""
+        return tuple(getattr(self, name).tilt() for name in self.factors)
+
     def reframe(self, sums: Any, old: Self) -> Any:
         return tuple(
             getattr(self, name).reframe(own, getattr(old, name))

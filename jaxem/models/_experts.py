@@ -22,15 +22,14 @@ from jaxem._core import linalg as la
 from jaxem._core.blocks import as_arrays, num_observations
 from jaxem._core.numerics import finite
 from jaxem._core.statistics import Framed
-from jaxem.emissions._base import AbstractEmission, Emission, log_prob, width
+from jaxem.emissions._base import AbstractEmission, Emission, width
 from jaxem.factors._logistic import LogisticGate
-from jaxem.latents import AbstractPosterior
-from jaxem.models._composite import AbstractSeparable, check_one_model
-from jaxem.models._finite import AbstractJointModel, sums_of_joint
+from jaxem.models._composite import check_one_model
+from jaxem.models._finite import AbstractMixture
 from jaxem.models._mixture import Mixture, check_start
 
 
-class MixtureOfExperts(AbstractJointModel, AbstractSeparable, Generic[Emission]):
+class MixtureOfExperts(AbstractMixture, Generic[Emission]):
     """A mixture whose weights depend on covariates. Data: a tuple of covariates v (n, p) and x.
 
     **Arguments:** `gate`, a `LogisticGate`; `components`, any emission. Regressions, whose data
@@ -89,21 +88,9 @@ class MixtureOfExperts(AbstractJointModel, AbstractSeparable, Generic[Emission])
         slopes = jnp.zeros((len(logits), num_covariates), logits.dtype)
         return cls(LogisticGate(slopes, logits - logits[-1]), mixture.components)
 
-    @property
-    def num_components(self) -> int:
-        return self.components.num_components
-
-    def expected_sums(
-        self, data: Any, sample_weight: Any, posterior: AbstractPosterior, key: Any
-    ) -> tuple[Any, Float[Array, ""]]:
-        """Sums about self, of gate and components, and Σ w log p(x | v)."""
-
-        def log_joint(tilt: Any, observations: Any) -> Float[Array, "n k"]:
-            (v, x), (gate, emission) = observations, tilt
-            return self.gate.log_weights(v, gate) + self.components.log_prob(x, emission)
-
-        at = (self.gate.tilt(), self.components.tilt())
-        return sums_of_joint(self, log_joint, at, data, sample_weight, posterior, key)
+    def tilted(self, tilt: Any, data: Any) -> Float[Array, "n k"]:
+        (gate, emitted), (v, x) = tilt, data
+        return self.gate.log_weights(v, gate) + self.components.log_prob(x, emitted)
 
     def check(self, data: Any) -> None:
         check_one_model(self, "a gate with an intercept", self.gate.intercepts)
@@ -119,11 +106,6 @@ class MixtureOfExperts(AbstractJointModel, AbstractSeparable, Generic[Emission])
     def width(self, data: Any) -> int:
         """Numbers an E-step holds for each observation: those of the gate and of the components."""
         return width(self.components, data[1]) + 3 * self.gate.slopes.size
-
-    def log_joint(self, data: Any) -> Float[Array, "n k"]:
-        """log πₖ(v) + log p(x | z = k) of each observation."""
-        v, x = data
-        return self.gate.log_weights(v) + log_prob(self.components, x)
 
     def sample(
         self, key: Array, covariates: Float[Array, "n p"], **options: Any

@@ -22,8 +22,11 @@ from jaxem._core.blocks import (
     substitute,
     sum_over_observations,
 )
+from jaxem._core.parameters import replace
+from jaxem.emissions._base import AbstractEmission, cheapest
 from jaxem.latents import AbstractPosterior, Finite, infer
 from jaxem.models._base import AbstractModel
+from jaxem.models._composite import AbstractSeparable
 
 
 class AbstractJointModel(AbstractModel):
@@ -57,6 +60,34 @@ class AbstractJointModel(AbstractModel):
         return _map_joint(self, function, data)
 
 
+class AbstractMixture(AbstractJointModel, AbstractSeparable):
+    """A model of which component of its last factor, an emission, each observation comes from."""
+
+    @abc.abstractmethod
+    def tilted(self, tilt: tuple[Any, ...], data: PyTree[Array]) -> Float[Array, "n k"]:
+        """log p(x, z = k) + ⟨tilt, t(x, z)⟩ near tilt = 0, with a tilt for each factor."""
+
+    @property
+    def num_components(self) -> int:
+        return self._emission().num_components
+
+    def _emission(self) -> AbstractEmission:
+        return getattr(self, self.factors[-1])
+
+    def log_joint(self, data: PyTree[Array]) -> Float[Array, "n k"]:
+        """log p(x, z = k) of each observation."""
+        return self.tilted(self.tilt(), data)
+
+    def expected_sums(self, data, sample_weight, posterior, key):
+        """Sums about self and Σ w log p(x), by the cheaper form of the emission if it will do."""
+
+        def total(emission: AbstractEmission) -> Any:
+            model, at = replace(self, **{self.factors[-1]: emission}), self.tilt()
+            return sums_of_joint(model, model.tilted, at, data, sample_weight, posterior, key)
+
+        return cheapest(self._emission(), total, num_observations(data), self.width(data))
+
+
 def _log_prob(joint: Float[Array, "n k"]) -> Float[Array, " n"]:
     return Finite(joint).exact()[0]
 
@@ -83,20 +114,14 @@ def sums_of_joint(
     sample_weight: Float[Array, " n"] | None,
     posterior: AbstractPosterior,
     key: Array | None,
-    given: Float[Array, "n k"] | None = None,
 ) -> tuple[PyTree[Array], Float[Array, ""]]:
-    """Cotangents Σ w r ∂ log_joint(at, x) of `at`, and Σ w log p(x).
+    """Cotangents Σ w r ∂ log_joint(at, x) of `at`, and Σ w log p(x)."""
 
-    `given` responsibilities replace those of the posterior.
-    """
-
-    def block(observations: Any, w: Any, block_key: Any) -> tuple[PyTree[Array], Array]:
-        x, responsibilities = observations
+    def block(x: Any, w: Any, block_key: Any) -> tuple[PyTree[Array], Array]:
         if sample_weight is not None:
             x = substitute(x, (w != 0) | model.in_support(x))
-        joint, pullback = jax.vjp(lambda coordinates: log_joint(coordinates, x), at)
-        log_prob, posterior_of_z = infer(Finite(joint), posterior, block_key)
-        r = posterior_of_z if responsibilities is None else responsibilities
+        joint, pullback = jax.vjp(lambda at: log_joint(at, x), at)
+        log_prob, r = infer(Finite(joint), posterior, block_key)
         if w is not None:
             w = w.astype(joint.dtype)
             r = w[:, None] * r
@@ -104,4 +129,4 @@ def sums_of_joint(
         return pullback(r.astype(joint.dtype))[0], jnp.sum(log_prob)
 
     width = model.width(data)
-    return sum_over_observations(block, (data, given), sample_weight, width=width, key=key)
+    return sum_over_observations(block, data, sample_weight, width=width, key=key)

@@ -7,14 +7,13 @@ from typing import Any, Self
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from jaxem._core.blocks import num_observations, substitute
-from jaxem._core.numerics import finite
-from jaxem._core.parameters import Frozen, replace
+from jaxem._core.parameters import replace
 from jaxem._core.statistics import Framed
 from jaxem.latents import Exact
-from jaxem.models._base import AbstractNamelessModel, all_finite, as_float_array
+from jaxem.models._base import AbstractNamelessModel, as_float_array
 
 
 class FunctionModel(AbstractNamelessModel):
@@ -23,7 +22,6 @@ class FunctionModel(AbstractNamelessModel):
     params: PyTree
     e_function: Callable[..., Any] = eqx.field(static=True)
     m_function: Callable[..., Any] = eqx.field(static=True)
-    frozen: Frozen = eqx.field(static=True, default=())
 
     @property
     def takes_sample_weight(self) -> bool:
@@ -96,11 +94,6 @@ class FunctionModel(AbstractNamelessModel):
             "the log-prior to what e_step returns."
         )
 
-    @property
-    def num_free_parameters(self) -> int:
-        """All numbers in `params`, as AIC and BIC count them."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
-
     def log_prob(self, data: PyTree[Array]) -> Float[Array, " n"]:
         """Not available.
 
@@ -109,15 +102,6 @@ class FunctionModel(AbstractNamelessModel):
         raise NotImplementedError(
             "a model from functions has the log-likelihood of all data, model.e_step(data)[1], not "
             "of each observation."
-        )
-
-    def sample(self, key: Array, *args: Any, **kwargs: Any) -> Any:
-        """Not available.
-
-        **Raises:** `NotImplementedError`: two functions do not say how data arise.
-        """
-        raise NotImplementedError(
-            "a model from functions cannot be sampled: draw from model.params by hand."
         )
 
     def num_observed(self, data: PyTree[Array]) -> Array:
@@ -129,18 +113,9 @@ class FunctionModel(AbstractNamelessModel):
     def check(self, data: PyTree[Array]) -> None:
         num_observations(data)
 
-    def in_support(self, data: PyTree[Array]) -> Bool[Array, " n"]:
-        return finite(data)
-
     def width(self, data: PyTree[Array]) -> int:
         numbers = sum(leaf.size for leaf in jax.tree.leaves((self.params, data)))
         return numbers // num_observations(data)
-
-    def degenerate(self, statistics: Framed) -> Bool[Array, " 1"]:
-        return jnp.zeros((1,), bool)
-
-    def representable(self) -> Bool[Array, ""]:
-        return all_finite(self.params)
 
 
 def from_functions(

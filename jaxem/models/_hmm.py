@@ -14,7 +14,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, PyTree
 from numpy.typing import ArrayLike
 
@@ -36,9 +35,9 @@ from jaxem.models._sequences import (
     check_num_steps,
     checked_emission,
     first_state,
+    log_prob_of_steps,
     seed_of_steps,
 )
-from jaxem.models._steps import log_prob_of_steps, usable_steps
 
 
 class HMM(AbstractSequenceModel, Generic[Emission]):
@@ -106,21 +105,19 @@ class HMM(AbstractSequenceModel, Generic[Emission]):
     # E-step
 
     def latents(self, sequences, log_prob, w):
-        matrix = self._matrix_at(self.transition.tilt(), sequences.driving(w))
-        each = None if matrix.ndim == 2 else 0
-        axes: Any = Chain(None, each, 0, None if sequences.lengths is None else 0, self.parallel)  # pyright: ignore[reportArgumentType]
-        return Chain(self.initial, matrix, log_prob, sequences.lengths, self.parallel), axes
-
-    def expected_counts(self, sequences, w, scale, found):
         inputs = sequences.driving(w)
         matrix, pull = jax.vjp(lambda tilt: self._matrix_at(tilt, inputs), self.transition.tilt())
-        _, smoothed, before, after, ratio = found
-        first = la.matmul(scale, smoothed[:, 0])
-        later = jnp.where(sequences.within, scale[:, None], 0)[:, 1:]
-        moved = _transitions(before[:, :-1], after[:, 1:], later, shape=matrix.shape)
-        if ratio is not None:
-            moved = moved * (ratio if matrix.ndim == 4 else ratio[0])
-        return (first, pull(moved)[0]), smoothed
+        each = None if inputs is None else 0
+        axes: Any = Chain(None, each, 0, None if sequences.lengths is None else 0, self.parallel)  # pyright: ignore[reportArgumentType]
+
+        def counts(found: chain.Smoothed, scale: Array) -> tuple[Array, Any]:
+            later = jnp.where(sequences.within, scale[:, None], 0)[:, 1:]
+            moved = _transitions(found.before[:, :-1], found.after[:, 1:], later, matrix.shape)
+            if found.ratio is not None:
+                moved = moved * (found.ratio[0] if inputs is None else found.ratio)
+            return la.matmul(scale, found.smoothed[:, 0]), pull(moved)[0]
+
+        return Chain(self.initial, matrix, log_prob, sequences.lengths, self.parallel), axes, counts
 
     def _matrix_at(self, tilt: Any, inputs: Any) -> Array:
         """The transition matrix (k, k), or one for each step of each sequence (b, t, k, k)."""
@@ -157,7 +154,7 @@ class HMM(AbstractSequenceModel, Generic[Emission]):
         """The most probable paths of each sequence, best first, and log p(x, path) of each."""
         if num_paths < 1:
             raise ValueError(f"num_paths must be 1 or more, got {num_paths}.")
-        return self._infer(Partial(_best_paths, num_paths=num_paths), data)
+        return self._infer("best_paths", data, num_paths=num_paths)
 
     def forecast(self, data: PyTree[Array], num_steps: int) -> Float[Array, "b h k"]:
         """P(z = k | x) in the 1 … `num_steps` steps after each sequence.
@@ -168,7 +165,7 @@ class HMM(AbstractSequenceModel, Generic[Emission]):
         """
         if not isinstance(self.transition, Transition):
             raise ValueError("forecast needs a Transition: inputs of the future are not known.")
-        return self._infer(Partial(_forecast, num_steps=num_steps), data)
+        return self._infer("forecast", data, num_steps=num_steps)
 
     def sample(
         self, key: Array, n: int, num_steps: int, inputs: Float[Array, "n t p"] | None = None
@@ -282,9 +279,10 @@ def _check_stationary(initial: str, transition: AbstractTransition) -> None:
 
 def _in_order_of_time(emission: Any, sequences: Sequences, sample_weight: Any) -> Any:
     """An emission whose states are ordered by the mean time of the steps closest to each."""
-    present, x = usable_steps(emission, sequences, sample_weight)
-    log_b = log_prob_of_steps(emission, x, present)
-    counted = present if sample_weight is None else present * sample_weight[:, None]
+    counted = sequences.present
+    if sample_weight is not None:
+        counted = counted * sample_weight[:, None]
+    log_b = log_prob_of_steps(emission, sequences, sequences.within.size)
     closest = jax.nn.one_hot(jnp.argmax(log_b, axis=2), log_b.shape[2]) * counted[:, :, None]
     times = jnp.arange(log_b.shape[1], dtype=closest.dtype)
     order = jnp.argsort(divide(jnp.einsum("btk,t->k", closest, times), jnp.sum(closest, (0, 1))))
@@ -295,12 +293,3 @@ def _in_order_of_time(emission: Any, sequences: Sequences, sample_weight: Any) -
         return leaf.reshape(len(order), -1, *leaf.shape[1:])[order].reshape(leaf.shape)
 
     return jax.tree.map(ordered, emission)
-
-
-def _best_paths(latent: Chain, within: Any, possible: Any, num_paths: int) -> tuple[Array, Array]:
-    return latent.best_paths(num_paths)
-
-
-def _forecast(latent: Chain, within: Any, possible: Any, num_steps: int) -> Float[Array, "h k"]:
-    last = jnp.maximum(jnp.sum(within) - 1, 0)
-    return chain.forecast(latent.filtered()[last], latent.transition, num_steps)

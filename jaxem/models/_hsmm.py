@@ -30,7 +30,7 @@ from jaxem.emissions._base import Emission
 from jaxem.factors._duration import AbstractDuration
 from jaxem.factors._simplex import Simplex
 from jaxem.factors._transition import Transition
-from jaxem.latents import Segments
+from jaxem.latents import Segmented, Segments
 from jaxem.models._composite import AbstractSeparable
 from jaxem.models._sequences import (
     AbstractSequenceModel,
@@ -93,18 +93,18 @@ class HSMM(AbstractSequenceModel, AbstractSeparable, Generic[Emission]):
     # E-step
 
     def latents(self, sequences, log_prob, w):
-        matrix = self.transition.log_matrix_at(self.transition.tilt())
+        matrix, pull = jax.vjp(self.transition.log_matrix_at, self.transition.tilt())
         own = self._initial.canonical(), matrix, self.duration.log_prob()
         axes: Any = Segments(None, None, None, 0, 0)  # pyright: ignore[reportArgumentType]
-        return Segments(*own, log_prob, sequences.within), axes
 
-    def expected_counts(self, sequences, w, scale, found):
-        first, moved, lasted = (
-            jnp.tensordot(scale, leaf, axes=1, precision=lax.Precision.HIGHEST)
-            for leaf in (found.initial, found.transition, found.duration)
-        )
-        _, pull = jax.vjp(self.transition.log_matrix_at, self.transition.tilt())
-        return (first, pull(moved)[0], lasted), found.states
+        def counts(found: Segmented, scale: Array) -> tuple[Array, Any, Array]:
+            first, moved, lasted = (
+                jnp.tensordot(scale, leaf, axes=1, precision=lax.Precision.HIGHEST)
+                for leaf in (found.initial, found.transition, found.duration)
+            )
+            return first, pull(moved)[0], lasted
+
+        return Segments(*own, log_prob, sequences.within), axes, counts
 
     def width(self, data: PyTree[Array]) -> int:
         """Numbers an E-step holds for each sequence: a few for each step, state and duration."""
@@ -144,25 +144,26 @@ class HSMM(AbstractSequenceModel, AbstractSeparable, Generic[Emission]):
         cls,
         key: Array,
         data: PyTree[Array],
+        num_states: int,
         family: Any,
-        duration: AbstractDuration,
         *,
+        duration: AbstractDuration,
         sample_weight: Float[Array, " b"] | None = None,
         method: str = "k-means++",
     ) -> Self:
-        """A start for a fit: a state around each of some steps of the data.
+        """A start for a fit: one state around each of `num_states` steps of the data.
 
-        **Arguments:** as for `HMM.init`; `duration`, where the durations start. It has as many
-        states as there are to be; each goes to all others alike.
+        **Arguments:** as for `HMM.init`; `duration`, where the durations start. Each state goes to
+        all others alike.
 
         Pure, so that restarts are a `jax.vmap` over keys.
 
-        **Raises:** `ValueError` for more states than steps, fewer than two, or an unknown method.
+        **Raises:** `ValueError` for more states than steps, fewer than two, an unknown method, or
+        a duration of another number of states.
         """
-        k = duration.num_states
-        emission, uniform = seed_of_steps(key, data, k, family, sample_weight, method)
-        others = 1 - jnp.eye(k, dtype=uniform.dtype)
-        return cls(uniform, others / max(k - 1, 1), duration, emission)
+        emission, uniform = seed_of_steps(key, data, num_states, family, sample_weight, method)
+        others = 1 - jnp.eye(num_states, dtype=uniform.dtype)
+        return cls(uniform, others / max(num_states - 1, 1), duration, emission)
 
 
 def _between_segments(transition: ArrayLike | Transition, k: int) -> Transition:
@@ -174,10 +175,7 @@ def _between_segments(transition: ArrayLike | Transition, k: int) -> Transition:
         values, others = concrete(matrix), ~np.eye(k, dtype=bool)
         return Transition(matrix, others if values is None else others & (values > 0))
     check_num_states(transition, k)
-    if (
-        transition.mask is None
-        or np.asarray(transition.mask)[list(transition.row)].diagonal().any()
-    ):
+    if transition.possible.diagonal().any():
         raise ValueError(_NO_RETURN)
     return transition
 

@@ -17,15 +17,14 @@ from typing import Any, ClassVar, Self
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from jaxem._core.blocks import num_observations, total_weight
-from jaxem._core.numerics import finite
 from jaxem._core.parameters import replace
 from jaxem._core.quadratic import AbstractLocal, Identity, LocalQuadratic
 from jaxem._core.statistics import Framed
 from jaxem.latents import AbstractPosterior
-from jaxem.models._base import AbstractNamelessModel, all_finite, as_float_array
+from jaxem.models._base import AbstractNamelessModel, as_float_array
 from jaxem.models._finite import AbstractJointModel, sums_of_joint
 
 
@@ -71,20 +70,6 @@ class LogJointModel(AbstractJointModel, AbstractNamelessModel, AbstractLocal):
             "of one more observation."
         )
 
-    def sample(self, key: Array, *args: Any, **kwargs: Any) -> Any:
-        """Not available.
-
-        **Raises:** `NotImplementedError`: a density does not say how data are drawn.
-        """
-        raise NotImplementedError(
-            "a model from a log-joint cannot be sampled: draw from model.params by hand."
-        )
-
-    @property
-    def num_free_parameters(self) -> int:
-        """All numbers in `params`, as AIC and BIC count them."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
-
     def check(self, data: PyTree[Array]) -> None:
         n = num_observations(data)
         shape = jax.eval_shape(self.function, self.params, data)
@@ -96,9 +81,6 @@ class LogJointModel(AbstractJointModel, AbstractNamelessModel, AbstractLocal):
                 f"({n}, k); got {got}."
             )
 
-    def in_support(self, data: PyTree[Array]) -> Bool[Array, " n"]:
-        return finite(data)
-
     def width(self, data: PyTree[Array]) -> int:
         n = num_observations(data)
         joint = jax.eval_shape(self.function, self.params, data)
@@ -108,12 +90,6 @@ class LogJointModel(AbstractJointModel, AbstractNamelessModel, AbstractLocal):
     def log_joint(self, data: PyTree[Array]) -> Float[Array, "n k"]:
         """log p(x, z = k) of each observation."""
         return self.function(self.params, data)
-
-    def degenerate(self, statistics: Framed) -> Bool[Array, " 1"]:
-        return jnp.zeros((1,), bool)
-
-    def representable(self) -> Bool[Array, ""]:
-        return all_finite(self.params)
 
 
 def from_log_joint(

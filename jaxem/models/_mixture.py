@@ -1,7 +1,7 @@
 """Finite mixtures of any emission: p(x) = Σₖ πₖ p(x | z = k).
 
-E-step. The log-joint is log πₖ + log p(x | z = k); one `jax.vjp` of it at the emission's
-coordinates, pulled back along the responsibilities, gives the expected counts nₖ = Σ r and the
+E-step. The log-joint is log πₖ + log p(x | z = k); one `jax.vjp` of it in the tilts of both
+factors, pulled back along the responsibilities, gives the expected counts nₖ = Σ r and the
 emission's sums, block by block of observations. M-step: πₖ ← nₖ / Σ n and the maximum of the
 emission.
 
@@ -19,21 +19,20 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from numpy.typing import ArrayLike
 
 from jaxem._core import linalg as la
-from jaxem._core.blocks import as_arrays, num_observations
+from jaxem._core.blocks import as_arrays, num_observations, substitute
 from jaxem._core.checks import check_shape, check_values
 from jaxem._core.numerics import as_float, float_dtype
 from jaxem._core.parameters import free, replace
 from jaxem._core.statistics import Framed
-from jaxem.emissions._base import AbstractEmission, Emission, cheapest, log_prob, width
+from jaxem.emissions._base import AbstractEmission, Emission, sums_of, width
 from jaxem.emissions._location_scale import AbstractLocationScale
 from jaxem.factors._simplex import Simplex
-from jaxem.latents import AbstractPosterior, Exact
 from jaxem.models import _starts
-from jaxem.models._composite import AbstractSeparable, check_one_model
-from jaxem.models._finite import AbstractJointModel, sums_of_joint
+from jaxem.models._composite import check_one_model
+from jaxem.models._finite import AbstractMixture
 
 
-class Mixture(AbstractJointModel, AbstractSeparable, Generic[Emission]):
+class Mixture(AbstractMixture, Generic[Emission]):
     """A finite mixture.
 
     **Arguments:** `weights` (k,), in the simplex; `components`, an emission with k components.
@@ -61,48 +60,14 @@ class Mixture(AbstractJointModel, AbstractSeparable, Generic[Emission]):
         """Mixing proportions."""
         return self._weights.probability
 
-    @property
-    def num_components(self) -> int:
-        return self.components.num_components
-
-    # E-step
-
-    def expected_sums(
-        self, data: Any, sample_weight: Any, posterior: AbstractPosterior, key: Any
-    ) -> tuple[Any, Float[Array, ""]]:
-        """Sums about self and Σ w log p(x), by the cheaper form of the components if it will do."""
-
-        def total(components: AbstractEmission) -> Any:
-            return replace(self, components=components)._sums(data, sample_weight, posterior, key)
-
-        return cheapest(self.components, total, num_observations(data), self.width(data))
-
-    def _sums(
-        self,
-        data: Any,
-        sample_weight: Any,
-        posterior: AbstractPosterior,
-        key: Any,
-        given: Any = None,
-    ) -> Any:
-        """Sums about self and Σ w log p(x); `given` responsibilities replace the posterior's."""
-        at = (self._weights.canonical(), self.components.tilt())
-
-        def log_joint(coordinates: Any, x: Any) -> Float[Array, "n k"]:
-            log_weights, emission_coordinates = coordinates
-            log_prob = self.components.log_prob(x, emission_coordinates)
-            return la.repeat(log_weights, log_prob.shape[0]).T + log_prob
-
-        (counts, cotangents), value = sums_of_joint(
-            self, log_joint, at, data, sample_weight, posterior, key, given
-        )
-        return (counts, cotangents), value
+    def tilted(self, tilt: Any, data: PyTree[Array]) -> Float[Array, "n k"]:
+        own, emitted = tilt
+        log_prob = self.components.log_prob(data, emitted)
+        return la.repeat(self._weights.canonical() + own, log_prob.shape[0]).T + log_prob
 
     def width(self, data: PyTree[Array]) -> int:
         """Numbers an E-step holds for each observation: one for each component and feature."""
         return width(self.components, data)
-
-    # What a mixture says of data
 
     def check(self, data: PyTree[Array]) -> None:
         check_one_model(self, "weights", self._weights.logits)
@@ -111,10 +76,6 @@ class Mixture(AbstractJointModel, AbstractSeparable, Generic[Emission]):
 
     def in_support(self, data: PyTree[Array]) -> Bool[Array, " n"]:
         return self.components.in_support(data)
-
-    def log_joint(self, data: PyTree[Array]) -> Float[Array, "n k"]:
-        """log πₖ + log p(x | z = k) of each observation."""
-        return self._weights.canonical() + log_prob(self.components, data)
 
     def sample(self, key: Array, n: int) -> tuple[PyTree[Array], Int[Array, " n"]]:
         """n draws of x, and the components z that they come from."""
@@ -184,18 +145,22 @@ class Mixture(AbstractJointModel, AbstractSeparable, Generic[Emission]):
         k = responsibilities.shape[1]
         pooled = cls._uniform(_starts.pooled(data, k, family, sample_weight))
         _starts.check_support(pooled.components, data, sample_weight)
+        if sample_weight is not None:
+            data = substitute(data, counted > 0)
+        responsibilities = (counted[:, None] * responsibilities).astype(float_dtype(pooled))
         # About the pooled mean and scale, the moments of tight clusters cancel: move the means
         # first, then the scales, then both about components that are in place.
-        moved = pooled._m_step_from(data, sample_weight, responsibilities)
+        moved = pooled._m_step_from(data, responsibilities)
         model = jax.tree.map(_with_mean, moved, pooled, is_leaf=_has_mean)
         for _ in range(2):
-            model = model._m_step_from(data, sample_weight, responsibilities)
+            model = model._m_step_from(data, responsibilities)
         return model
 
     @eqx.filter_jit  # so that an eager call compiles once
-    def _m_step_from(self, data: Any, sample_weight: Any, responsibilities: Any) -> Self:
-        sums, _ = self._sums(data, sample_weight, Exact(), None, given=responsibilities)
-        return self.m_step(Framed(sums, self))
+    def _m_step_from(self, data: Any, responsibilities: Any) -> Self:
+        counts = jnp.sum(responsibilities, axis=0)
+        emitted = sums_of(self.components, data, responsibilities)
+        return self.m_step(Framed((counts, emitted), self))
 
     @classmethod
     def _uniform(cls, components: Any) -> Self:

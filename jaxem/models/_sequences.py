@@ -7,6 +7,7 @@ pulled back, as in a mixture. M-step: that of each factor.
 
 import abc
 import functools
+from collections.abc import Callable
 from typing import Any, Generic
 
 import equinox as eqx
@@ -16,22 +17,22 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxem._core.blocks import (
     as_arrays,
+    fits_one_block,
     map_over_observations,
     num_observations,
+    substitute,
     sum_over_observations,
 )
 from jaxem._core.checks import check_sample_weight, check_shape
 from jaxem._core.numerics import as_float, float_dtype
-from jaxem._core.parameters import replace
 from jaxem._core.sequences import Sequences, as_sequences
 from jaxem._core.statistics import Framed
-from jaxem.emissions._base import AbstractEmission, Emission, cheapest
+from jaxem.emissions._base import AbstractEmission, Emission, cheapest, sums_of, width
 from jaxem.factors._simplex import Simplex, Stationary
 from jaxem.factors._transition import AbstractTransition
 from jaxem.latents import AbstractPosterior, AbstractSequenceLatent, infer
 from jaxem.models import _starts
 from jaxem.models._composite import AbstractComposite, check_one_model
-from jaxem.models._steps import emitted_sums, log_prob_of_steps, usable_steps
 
 
 class AbstractSequenceModel(AbstractComposite, Generic[Emission]):
@@ -47,20 +48,11 @@ class AbstractSequenceModel(AbstractComposite, Generic[Emission]):
     @abc.abstractmethod
     def latents(
         self, sequences: Sequences, log_prob: Float[Array, "b t k"], w: Float[Array, " b"] | None
-    ) -> tuple[AbstractSequenceLatent, AbstractSequenceLatent]:
-        """The latent of each sequence, and the axes of its leaves that run over sequences."""
+    ) -> tuple[AbstractSequenceLatent, AbstractSequenceLatent, Callable[[Any, Array], tuple]]:
+        """The latent of each sequence, which axes of its leaves run over sequences, and `counts`.
 
-    @abc.abstractmethod
-    def expected_counts(
-        self,
-        sequences: Sequences,
-        w: Float[Array, " b"] | None,
-        scale: Float[Array, " b"],
-        found: Any,
-    ) -> tuple[tuple[Any, ...], Float[Array, "b t k"]]:
-        """Sums of all factors but the emission, and P(zₜ = k | x), from the latents' marginals.
-
-        The sums are those of all sequences, each times its `scale`; w is None or the scale.
+        `counts(found, scale)` are the sums of all factors but the emission, from the marginals of
+        the latents, each times its scale (b,).
         """
 
     @property
@@ -72,14 +64,11 @@ class AbstractSequenceModel(AbstractComposite, Generic[Emission]):
     def expected_sums(
         self, data: Any, sample_weight: Any, posterior: AbstractPosterior, key: Any
     ) -> tuple[Any, Float[Array, ""]]:
-        """Sums about self and Σ w log p(x), by the cheaper form of the emission if it will do."""
-        sequences, width = as_sequences(data), self.width(data)
-
-        def total(emission: AbstractEmission) -> Any:
-            block = functools.partial(_sums_of_block, replace(self, emission=emission), posterior)
-            return sum_over_observations(block, sequences, sample_weight, width=width, key=key)
-
-        return cheapest(self.emission, total, num_observations(sequences), width)
+        """Sums about self and Σ w log p(x)."""
+        sequences = as_sequences(data)
+        block = functools.partial(_sums_of_block, self, posterior, sequences.within.size)
+        width = self.width(data)
+        return sum_over_observations(block, sequences, sample_weight, width=width, key=key)
 
     def num_observed(self, data: PyTree[Array]) -> Int[Array, " b"]:
         """How many steps of each sequence were observed: what BIC counts."""
@@ -108,8 +97,13 @@ class AbstractSequenceModel(AbstractComposite, Generic[Emission]):
         can be reached. A sequence without any step is impossible at step 0, and one whose length
         exceeds the steps that there are at the first that is missing.
         """
-        found = self._infer(_first_impossible, data)
         sequences = as_sequences(as_arrays(data))
+        possible = self.emission.in_support(sequences.steps()).reshape(sequences.within.shape)
+        bad = (sequences.present & ~possible) | (self._infer("log_increments", data) == -jnp.inf)
+        if (inputs := sequences.driving()) is not None:
+            bad |= ~jnp.all(jnp.isfinite(inputs), axis=2)
+        bad = jnp.where(sequences.within, bad, jnp.arange(bad.shape[1]) == 0)
+        found = jnp.where(jnp.any(bad, axis=1), jnp.argmax(bad, axis=1), -1)
         if sequences.lengths is None:
             return found
         steps = sequences.within.shape[1]
@@ -117,19 +111,19 @@ class AbstractSequenceModel(AbstractComposite, Generic[Emission]):
 
     def log_prob(self, data: PyTree[Array]) -> Float[Array, " b"]:
         """log p(x) of each sequence."""
-        return self._infer(_log_likelihood, data)
+        return self._infer("log_likelihood", data)
 
     def one_step_log_prob(self, data: PyTree[Array]) -> Float[Array, "b t"]:
         """log p(xₜ | x₁ … xₜ₋₁) of each step; 0 where none was observed."""
-        return self._infer(_log_increments, data)
+        return self._infer("log_increments", data)
 
     def filtered(self, data: PyTree[Array]) -> Float[Array, "b t k"]:
         """P(zₜ = k | x₁ … xₜ); zeros beyond the end of a sequence."""
-        return self._infer(_filtered, data)
+        return self._infer("filtered", data)
 
     def responsibilities(self, data: PyTree[Array]) -> Float[Array, "b t k"]:
         """P(zₜ = k | x), the smoothed probabilities; zeros beyond the end of a sequence."""
-        return self._infer(_smoothed, data)
+        return self._infer("smoothed", data)
 
     def predict(self, data: PyTree[Array]) -> Int[Array, "b t"]:
         """The most probable state of each step by itself (posterior decoding)."""
@@ -140,7 +134,7 @@ class AbstractSequenceModel(AbstractComposite, Generic[Emission]):
 
         Beyond the end of a sequence its last state is repeated.
         """
-        return self._infer(_best_path, data)
+        return self._infer("best_path", data)
 
     def sample_paths(self, key: Array, data: PyTree[Array]) -> Int[Array, "b t"]:
         """One draw of the path of each sequence given the sequence.
@@ -149,12 +143,15 @@ class AbstractSequenceModel(AbstractComposite, Generic[Emission]):
         is possible.
         """
         keys = jax.random.split(key, num_observations(as_arrays(data)))
-        return self._infer(_sample_path, data, keys)
+        return self._infer("sample_path", data, keys)
 
-    def _infer(self, function: Any, data: PyTree[Array], *extra: Any) -> Any:
+    def _infer(
+        self, question: str, data: PyTree[Array], keys: Array | None = None, **settings: int
+    ) -> Any:
+        """What the latent of each sequence answers: its method `question`, given a key or none."""
         data = as_arrays(data)
         self.check(data)
-        return _map_sequences(self, function, as_sequences(data), extra)
+        return _answers(self, question, as_sequences(data), keys, settings)
 
     def _emit(self, key: Array, z: Int[Array, "n t"]) -> PyTree[Array]:
         """A draw of the emission at each of these states."""
@@ -211,69 +208,92 @@ def seed_of_steps(
 def _sums_of_block(
     model: AbstractSequenceModel,
     posterior: AbstractPosterior,
+    num_steps: int,
     sequences: Sequences,
     w: Any,
     key: Array | None,
 ) -> Any:
     keys = None if key is None else jax.random.split(key, num_observations(sequences))
     present, x = usable_steps(model.emission, sequences, w)
-    log_b = log_prob_of_steps(model.emission, x, present)
-    latents, axes = model.latents(sequences, log_b, w)
+    log_b, emitted = _emitted(model.emission, x, num_steps)
+    latents, axes, counts = model.latents(sequences, _of_steps(log_b, present), w)
     run = jax.vmap(infer, in_axes=(axes, None, None if keys is None else 0))
     likelihood, found = run(latents, posterior, keys)
-    scale = jnp.ones(len(log_b), log_b.dtype) if w is None else w.astype(log_b.dtype)
+    scale = jnp.ones(len(present), log_b.dtype) if w is None else w.astype(log_b.dtype)
     likelihood = jnp.where((scale != 0) | jnp.isfinite(likelihood), likelihood, 0)
-    counts, states = model.expected_counts(sequences, w, scale, found)
-    r = states * jnp.where(present, scale[:, None], 0)[:, :, None]
-    emitted = emitted_sums(model.emission, x, r.reshape(-1, model.num_states))
-    return (*counts, emitted), jnp.sum(scale * likelihood)
+    r = found.smoothed * jnp.where(present, scale[:, None], 0)[:, :, None]
+    sums = *counts(found, scale), emitted(r.reshape(log_b.shape))
+    return sums, jnp.sum(scale * likelihood)
 
 
 @eqx.filter_jit  # an eager call compiles once
-def _map_sequences(
-    model: AbstractSequenceModel, function: Any, data: Sequences, extra: tuple[Any, ...]
+def _answers(
+    model: AbstractSequenceModel,
+    question: str,
+    data: Sequences,
+    keys: Array | None,
+    settings: dict[str, int],
 ) -> Any:
-    """A function of the latent of each sequence, of its steps within and possible, and of more."""
+    def answer(latent: Any, key: Array | None) -> Any:
+        method = getattr(latent, question)
+        return method(**settings) if key is None else method(key, **settings)
 
     def block(part: Any) -> Any:
-        sequences, rest = part
-        present, x = usable_steps(model.emission, sequences, None)
-        log_b = log_prob_of_steps(model.emission, x, present)
-        latents, axes = model.latents(sequences, log_b, None)
-        possible = ~present | model.emission.in_support(x).reshape(present.shape)
-        if (inputs := sequences.driving()) is not None:
-            possible &= jnp.all(jnp.isfinite(inputs), axis=2)
-        run = jax.vmap(function, in_axes=(axes, 0, 0, *(0 for _ in rest)))
-        return run(latents, sequences.within, possible, *rest)
+        sequences, keys = part
+        log_b = log_prob_of_steps(model.emission, sequences, data.within.size)
+        latents, axes, _ = model.latents(sequences, log_b, None)
+        return jax.vmap(answer, in_axes=(axes, None if keys is None else 0))(latents, keys)
 
-    return map_over_observations(block, (data, extra), width=model.width(data))
+    return map_over_observations(block, (data, keys), width=model.width(data))
 
 
-def _log_likelihood(latent: Any, within: Any, possible: Any) -> Float[Array, ""]:
-    return latent.log_likelihood()
+def usable_steps(
+    emission: AbstractEmission, sequences: Sequences, w: Any
+) -> tuple[Bool[Array, "b t"], PyTree[Array]]:
+    """Which steps count, and the steps in one row, with others in place of those that do not.
+
+    A sequence of weight 0 still counts where it is possible: its weight has a derivative.
+    """
+    present, x = sequences.present, sequences.steps()
+    if w is not None:
+        possible = emission.in_support(x).reshape(present.shape)
+        present = present & ((w != 0)[:, None] | possible)
+    return present, substitute(x, present.reshape(-1))
 
 
-def _log_increments(latent: Any, within: Any, possible: Any) -> Float[Array, " t"]:
-    return jnp.where(within, latent.log_increments(), 0)
+def log_prob_of_steps(
+    emission: AbstractEmission, sequences: Sequences, num_steps: int
+) -> Float[Array, "b t k"]:
+    """log p(xₜ | zₜ = k), 0 where none was observed; of `num_steps` in all blocks of sequences."""
+    present, x = usable_steps(emission, sequences, None)
+    return _of_steps(_log_prob(emission, x, num_steps), present)
 
 
-def _filtered(latent: Any, within: Any, possible: Any) -> Float[Array, "t k"]:
-    return jnp.where(within[:, None], latent.filtered(), 0)
+def _of_steps(log_prob: Float[Array, "n k"], present: Bool[Array, "b t"]) -> Float[Array, "b t k"]:
+    return jnp.where(present[:, :, None], log_prob.reshape(*present.shape, -1), 0)
 
 
-def _smoothed(latent: Any, within: Any, possible: Any) -> Float[Array, "t k"]:
-    return jnp.where(within[:, None], latent.smoothed(), 0)
+def _log_prob(emission: AbstractEmission, x: PyTree[Array], num_steps: int) -> Float[Array, "n k"]:
+    """log p(x | z = k), by the cheaper form of the emission where `num_steps` are worth it."""
+    size = width(emission, x)
+
+    def total(emission: AbstractEmission) -> Float[Array, "n k"]:
+        at = emission.tilt()
+        return map_over_observations(lambda part: emission.log_prob(part, at), x, width=size)
+
+    return cheapest(emission, total, num_steps, size)
 
 
-def _best_path(latent: Any, within: Any, possible: Any) -> tuple[Int[Array, " t"], Array]:
-    return latent.best_path()
+def _emitted(
+    emission: AbstractEmission, x: PyTree[Array], num_steps: int
+) -> tuple[Float[Array, "n k"], Callable[[Float[Array, "n k"]], PyTree[Array]]]:
+    """log p(x | z = k), and the emission's sums as a function of responsibilities."""
+    size = width(emission, x)
+    if fits_one_block(num_steps, size):  # what one evaluation keeps for its derivative is small
+        log_prob, pullback = jax.vjp(lambda tilt: emission.log_prob(x, tilt), emission.tilt())
+        return log_prob, lambda r: pullback(r)[0]
 
+    def sums(r: Float[Array, "n k"]) -> PyTree[Array]:
+        return cheapest(emission, lambda form: sums_of(form, x, r), num_steps, size)
 
-def _sample_path(latent: Any, within: Any, possible: Any, key: Array) -> Int[Array, " t"]:
-    return latent.sample_path(key)
-
-
-def _first_impossible(latent: Any, within: Any, possible: Any) -> Int[Array, ""]:
-    bad = ~possible | (latent.log_increments() == -jnp.inf)
-    bad = jnp.where(jnp.arange(len(bad)) == 0, bad | ~within, bad & within)
-    return jnp.where(jnp.any(bad), jnp.argmax(bad), -1)
+    return _log_prob(emission, x, num_steps), sums
