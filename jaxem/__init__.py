@@ -13,6 +13,7 @@ from jaxem._core.freezing import unfreeze as unfreeze
 from jaxem._core.sequences import Sequences as Sequences
 from jaxem._kmeans import KMeans as KMeans
 from jaxem._kmeans import kmeans as kmeans
+from jaxem.em._acceleration import SQUAREM as SQUAREM
 from jaxem.em._anderson import Anderson as Anderson
 from jaxem.em._em import EM as EM
 from jaxem.em._fit import fit as fit
@@ -21,7 +22,6 @@ from jaxem.em._restarts import fit_restarts as fit_restarts
 from jaxem.em._solution import RESULTS as RESULTS
 from jaxem.em._solution import Solution as Solution
 from jaxem.em._solution import best as best
-from jaxem.em._squarem import SQUAREM as SQUAREM
 from jaxem.models._experts import MixtureOfExperts as MixtureOfExperts
 from jaxem.models._functions import from_functions as from_functions
 from jaxem.models._hmm import HMM as HMM

@@ -5,6 +5,7 @@ from jaxem._core.schedules import Constant as Constant
 from jaxem._core.schedules import Geometric as Geometric
 from jaxem._core.schedules import Linear as Linear
 from jaxem._core.schedules import Power as Power
+from jaxem.em._acceleration import Overrelaxed as Overrelaxed
 from jaxem.em._accumulation import AbstractAccumulation as AbstractAccumulation
 from jaxem.em._accumulation import Batch as Batch
 from jaxem.em._accumulation import Full as Full
@@ -24,11 +25,10 @@ from jaxem.em._expectation import Infer as Infer
 from jaxem.em._expectation import Sampled as Sampled
 from jaxem.em._gradient import Gradient as Gradient
 from jaxem.em._loop import Loop as Loop
+from jaxem.em._loop import Progress as Progress
 from jaxem.em._maximization import AbstractMaximization as AbstractMaximization
 from jaxem.em._maximization import ClosedForm as ClosedForm
-from jaxem.em._overrelaxed import Overrelaxed as Overrelaxed
 from jaxem.em._problem import Problem as Problem
-from jaxem.em._progress import Progress as Progress
 from jaxem.em._sharding import Sharded as Sharded
 from jaxem.em._solvers import GCR as GCR
 from jaxem.em._solvers import Neumann as Neumann

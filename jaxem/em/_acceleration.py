@@ -6,7 +6,6 @@ Under `vmap` that step is computed for all lanes where one needs it.
 """
 
 import abc
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -18,9 +17,10 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PyTree
 
-from jaxem._core.parameters import estimates
+from jaxem._core.numerics import float_dtype
+from jaxem._core.parameters import estimates, free_numbers, replace, within_bounds
 from jaxem.em._algorithm import AbstractAlgorithm, State
-from jaxem.em._em import EM, with_memory
+from jaxem.em._em import EM
 from jaxem.em._expectation import Annealed
 from jaxem.em._problem import Problem, as_problem
 from jaxem.em._traits import Traits
@@ -38,24 +38,23 @@ class AbstractAccelerated(AbstractAlgorithm):
         return self.em.traits * Traits(stationary=False)
 
     def conclusive(self, state):
-        return self.em.conclusive(with_memory(state, state.maximization[0]))
+        return self.em.conclusive(replace(state, maximization=state.maximization[0]))
 
     def plain(self):
         return self.em.plain()
 
     def with_expectation(self, change):
-        return dataclasses.replace(self, em=self.em.with_expectation(change))
+        return replace(self, em=self.em.with_expectation(change))
 
     def init(self, model, problem, *, key=None):
         state = self.em.init(model, problem, key=key)
-        return with_memory(state, (state.maximization, self._start(model)))
+        return replace(state, maximization=(state.maximization, self._start(model)))
 
     def step(self, state, problem, *, key=None):
         problem = as_problem(problem, state.model)
         inner, own = state.maximization
-        new, own = self._step(with_memory(state, inner), own, problem, key)
-        new = eqx.tree_at(lambda s: s.step, new, state.step + 1)
-        return with_memory(new, (new.maximization, own))
+        new, own = self._step(replace(state, maximization=inner), own, problem, key)
+        return replace(new, step=state.step + 1, maximization=(new.maximization, own))
 
     def finish(self, state, problem, *, key=None):
         return state
@@ -132,3 +131,88 @@ def measured(model: AbstractModel) -> Array:
     far from 0 by their logarithm: degrees of freedom grow without end too.
     """
     return jnp.arcsinh(ravel_pytree(estimates(model))[0])
+
+
+class SQUAREM(AbstractAccelerated):
+    """Squared extrapolation: θ − 2 α r + α² v, from two EM steps r and r + v.
+
+    α = −‖r‖ / ‖v‖, at most −1, where −1 is EM. The points are extrapolated as unconstrained leaves,
+    the lengths taken of parameters, each relative to its root mean square. An EM step from
+    there ends it, so that a step costs three E-steps, and a fourth where the objective would
+    fall: then r and r + v are taken as they are.
+
+    **Arguments:** `em`, the algorithm to accelerate.
+
+    **Raises:** `ValueError` if that is stochastic, annealed, or not over all the data.
+
+    Varadhan & Roland (2008), Scand. J. Stat. 35, scheme S3 and its step bounds.
+    """
+
+    em: EM = EM()
+
+    def __check_init__(self):
+        check_em(self.em, "SQUAREM")
+
+    def _start(self, model):
+        return jnp.ones((), float_dtype(model))  # the longest step that is tried now
+
+    def _step(self, state, own, problem, key):
+        em, longest = self.em, own
+        start = ravel_pytree(state.model)[0]
+        first = em.step(state, problem, key=key)
+        second_model, _ = self._em_point(first, problem, key)
+        # A probability that vanishes converges, while its logarithm does not.
+        unit = jax.tree.map(magnitude, estimates(state.model))
+        points = [
+            ravel_pytree(jax.tree.map(jnp.divide, estimates(m), unit))[0]
+            for m in (state.model, first.model, second_model)
+        ]
+        bend = length_of(points[2] - 2 * points[1] + points[0])
+        size = length_of(points[1] - points[0])
+        length = jnp.clip(jnp.where(bend > 0, size / jnp.where(bend > 0, bend, 1), 1), 1, longest)
+        one, (two, rebuild) = ravel_pytree(first.model)[0], free_numbers(second_model)
+        r, v = one - start, two - 2 * one + start
+        proposed = within_bounds(rebuild(start + 2 * length * r + length**2 * v))
+
+        bold = em.step(em.expect(proposed, first, problem, key), problem, key=key)
+        good = is_as_good(bold, state)
+        new = or_else(good, bold, lambda: em.step(first, problem, key=key))
+        at_bound = length == longest
+        longest = jnp.where(at_bound & good, 4 * longest, longest)
+        longest = jnp.where(at_bound & ~good, jnp.maximum(1, longest / 4), longest)
+        return new, longest
+
+
+class Overrelaxed(AbstractAccelerated):
+    """EM's step, made longer by a factor that grows as long as the objective does not fall.
+
+    Each step costs one E-step, or two where it would fall: EM's own step is taken then, and the
+    factor starts again from 1.
+
+    **Arguments:** `em`, the algorithm to accelerate; `growth`, of the factor in each step.
+
+    **Raises:** `ValueError` if EM is stochastic, annealed, or not over all the data; for a growth
+    that is not above 1.
+
+    Salakhutdinov & Roweis (2003), ICML 20.
+    """
+
+    em: EM = EM()
+    growth: float = eqx.field(static=True, default=1.1)
+
+    def __check_init__(self):
+        check_em(self.em, "Overrelaxed")
+        if not self.growth > 1:
+            raise ValueError(f"the factor of Overrelaxed must grow: growth > 1, got {self.growth}.")
+
+    def _start(self, model):
+        return jnp.ones((), float_dtype(model))
+
+    def _step(self, state, own, problem, key):
+        model, memory = self._em_point(state, problem, key)
+        start, (end, rebuild) = ravel_pytree(state.model)[0], free_numbers(model)
+        longer = within_bounds(rebuild(start + own * (end - start)))
+        bold = self.em.expect(longer, replace(state, maximization=memory), problem, key)
+        good = is_as_good(bold, state)
+        new = or_else(good, bold, lambda: self.em.step(state, problem, key=key))
+        return new, jnp.where(good, self.growth * own, 1)

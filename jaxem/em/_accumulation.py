@@ -18,7 +18,7 @@ from jaxem._core.checks import check_count
 from jaxem._core.schedules import AbstractSchedule, Power
 from jaxem._core.statistics import Framed
 from jaxem.em._problem import Problem
-from jaxem.em._traits import Traits
+from jaxem.em._traits import AbstractSlot, Traits
 from jaxem.models._base import AbstractModel
 
 
@@ -45,13 +45,8 @@ class Batch(NamedTuple):
 Evaluate = Callable[[Batch, PyTree[Array], Any], tuple[Framed, Float[Array, ""], PyTree[Array]]]
 
 
-class AbstractAccumulation(eqx.Module):
+class AbstractAccumulation(AbstractSlot):
     """Which observations a step sees, and how new statistics combine with remembered ones."""
-
-    @property
-    @abc.abstractmethod
-    def traits(self) -> Traits:
-        """What holds for every step."""
 
     @abc.abstractmethod
     def init(
@@ -79,10 +74,6 @@ class AbstractAccumulation(eqx.Module):
         self, memory: PyTree[Array], new: Framed, objective: Float[Array, ""], step: Array
     ) -> tuple[PyTree[Array], Framed, Float[Array, ""]]:
         """Memory, statistics (framed at the newest model) and objective after this step."""
-
-    @abc.abstractmethod
-    def conclusive(self, memory: PyTree[Array], step: Int[Array, ""]) -> Bool[Array, ""] | bool:
-        """Whether `traits.period` small steps in a row can mean convergence."""
 
     @abc.abstractmethod
     def averaged(self, memory: PyTree[Array], step: Array) -> tuple[Framed, Bool[Array, ""]] | None:

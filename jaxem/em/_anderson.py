@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from jaxem._core import linalg as la
 from jaxem._core.checks import check_count
-from jaxem._core.parameters import free_numbers, within_bounds
+from jaxem._core.parameters import free_numbers, replace, within_bounds
 from jaxem.em._acceleration import (
     AbstractAccelerated,
     check_em,
@@ -20,7 +20,7 @@ from jaxem.em._acceleration import (
     measured,
     or_else,
 )
-from jaxem.em._em import EM, with_memory
+from jaxem.em._em import EM
 
 
 class Anderson(AbstractAccelerated):
@@ -69,10 +69,10 @@ class Anderson(AbstractAccelerated):
         # EM's steps are never too long: a shorter one is rounding, and would count as convergence.
         longer = length_of(measured(proposed) - now) >= length_of(residual)
         proposed = jax.tree.map(lambda a, b: jnp.where(longer, a, b), proposed, model)
-        bold = em.expect(proposed, with_memory(state, memory), problem, key)
+        bold = em.expect(proposed, replace(state, maximization=memory), problem, key)
         good = is_as_good(bold, state)
         new = or_else(good, bold, lambda: em.step(state, problem, key=key))
-        return new, eqx.tree_at(lambda m: m.accepted, own, own.accepted + good)
+        return new, replace(own, accepted=own.accepted + good)
 
 
 class _Memory(eqx.Module):

@@ -15,7 +15,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from jaxem._core.checks import name_of
-from jaxem._core.parameters import with_frozen
+from jaxem._core.parameters import replace, with_frozen
 from jaxem._core.statistics import Framed
 from jaxem.em._accumulation import AbstractAccumulation, Batch, Full
 from jaxem.em._algorithm import AbstractAlgorithm, State
@@ -83,7 +83,7 @@ class EM(AbstractAlgorithm):
         memory, statistics, log_likelihood, rows = self.accumulation.init(
             model, evaluate, problem, rows, key
         )
-        objective = log_likelihood + _log_prior(model, problem.prior)
+        objective = log_likelihood + problem.log_prior(model)
         start = self.maximization.init(model)
         return State(statistics, log_likelihood, objective, step, rows, memory, start)
 
@@ -95,7 +95,7 @@ class EM(AbstractAlgorithm):
         traits = self.traits
         if not (traits.exact and local_part(state.model)):
             return new
-        remembering = with_memory(state, new.maximization)
+        remembering = replace(state, maximization=new.maximization)
 
         def expect(model: AbstractModel) -> State:
             return self.expect(model, remembering, problem, key)
@@ -107,37 +107,30 @@ class EM(AbstractAlgorithm):
     def whole_step(self, state: State, problem: Problem, key: Array | None = None) -> State:
         """A step that is never halved: the map whose fixed points are sought."""
         model, memory = self.maximize(state, problem, key)
-        return self.expect(model, with_memory(state, memory), problem, key)
+        return self.expect(model, replace(state, maximization=memory), problem, key)
 
     def finish(self, state, problem, *, key=None):
         problem = as_problem(problem, state.model)
         traits = self.traits
         if traits.exact and traits.monotone:
             return state
-        model = self._averaged(state, problem, key)
-        final = self.expectation.final
+        model, final = state.model, self.expectation.final
+        averaged = self.accumulation.averaged(state.accumulation, state.step)
+        if averaged is not None:
+            mean, begun = averaged
+            at_mean, _ = self.maximize(replace(state, statistics=mean), problem, key)
+            model = jax.tree.map(lambda a, b: jnp.where(begun, a, b), at_mean, model)
         statistics, log_likelihood, rows = final(
             model, problem, final.init(model, problem), state.step, None
         )
-        return State(
-            statistics,
-            log_likelihood,
-            log_likelihood + _log_prior(model, problem.prior),
-            state.step,
-            rows,
-            state.accumulation,
-            state.maximization,
+        objective = log_likelihood + problem.log_prior(model)
+        return replace(
+            state,
+            statistics=statistics,
+            log_likelihood=log_likelihood,
+            objective=objective,
+            expectation=rows,
         )
-
-    def _averaged(self, state: State, problem: Problem, key: Array | None) -> Any:
-        """The model at the mean statistics that the accumulation remembers, or the state's."""
-        found = self.accumulation.averaged(state.accumulation, state.step)
-        if found is None:
-            return state.model
-        mean, begun = found
-        at_mean = eqx.tree_at(lambda s: s.statistics, state, mean)
-        model, _ = self.maximize(at_mean, problem, key)
-        return jax.tree.map(lambda a, b: jnp.where(begun, a, b), model, state.model)
 
     def conclusive(self, state):
         step = state.step
@@ -159,10 +152,9 @@ class EM(AbstractAlgorithm):
 
         def evaluate(model: AbstractModel) -> tuple[Framed, Float[Array, ""]]:
             new, log_likelihood, _ = e_step(model)
-            return new, log_likelihood + _log_prior(model, problem.prior)
+            return new, log_likelihood + problem.log_prior(model)
 
-        prior = problem.prior
-        statistics = state.statistics if prior is None else state.statistics + prior
+        statistics = problem.with_prior(state.statistics)
         model, memory = self.maximization(statistics, state.maximization, evaluate)
         return with_frozen(model, state.model), memory
 
@@ -175,7 +167,7 @@ class EM(AbstractAlgorithm):
         memory, statistics, log_likelihood = self.accumulation(
             state.accumulation, new, log_likelihood, step
         )
-        objective = log_likelihood + _log_prior(statistics.frame, problem.prior)
+        objective = log_likelihood + problem.log_prior(statistics.frame)
         return State(statistics, log_likelihood, objective, step, rows, memory, state.maximization)
 
     def _batch(
@@ -219,12 +211,3 @@ def _place(value: Any) -> str:
         if isinstance(value, kind):
             return f": write {slot}={type(value).__name__}(…)"
     return ""
-
-
-def with_memory(state: State, memory: PyTree[Array]) -> State:
-    """The state, with something else remembered by the maximization."""
-    return eqx.tree_at(lambda s: s.maximization, state, memory, is_leaf=lambda leaf: leaf is None)
-
-
-def _log_prior(model: Any, prior: Framed | None) -> Float[Array, ""] | float:
-    return 0.0 if prior is None else model.expected_log_prob(prior)

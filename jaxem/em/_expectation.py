@@ -10,23 +10,18 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from jaxem._core.schedules import AbstractSchedule, Geometric
 from jaxem._core.statistics import Framed
 from jaxem.em._problem import Problem
-from jaxem.em._traits import Traits
+from jaxem.em._traits import AbstractSlot, Traits
 from jaxem.latents import AbstractPosterior, Drawn, Exact, Tempered
 from jaxem.models._base import AbstractModel, expected_sums
 
 
-class AbstractExpectation(eqx.Module):
+class AbstractExpectation(AbstractSlot):
     """The E-step of an algorithm."""
-
-    @property
-    @abc.abstractmethod
-    def traits(self) -> Traits:
-        """What holds for every step."""
 
     @property
     @abc.abstractmethod
@@ -50,10 +45,6 @@ class AbstractExpectation(eqx.Module):
 
         `problem` and `memory` hold the observations of this step.
         """
-
-    @abc.abstractmethod
-    def conclusive(self, memory: PyTree[Array], step: Int[Array, ""]) -> Bool[Array, ""] | bool:
-        """Whether a small step can mean convergence."""
 
 
 class Infer(AbstractExpectation):

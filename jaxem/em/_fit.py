@@ -3,8 +3,10 @@
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
@@ -15,9 +17,8 @@ from jaxem.em._adjoint import AbstractAdjoint, Implicit
 from jaxem.em._algorithm import AbstractAlgorithm
 from jaxem.em._em import EM
 from jaxem.em._expectation import AbstractExpectation
-from jaxem.em._loop import Inputs, Loop, verdict
+from jaxem.em._loop import Inputs, Loop, Progress, verdict
 from jaxem.em._problem import Problem, as_problem
-from jaxem.em._progress import Progress
 from jaxem.em._sharding import on_shards
 from jaxem.em._solution import RESULTS, Solution, is_any
 from jaxem.latents import AbstractPosterior
@@ -92,23 +93,25 @@ def fit(
     progress = Progress(progress) if isinstance(progress, int) else progress
     loop = Loop(on_shards(algorithm, problem.data), max_steps, progress)
     inputs = Inputs(model, problem, key, jnp.asarray(tol, dtype))
-    solution = _fit(loop, inputs, adjoint)
-    if throw:
-        worthless = is_any(
-            solution.result, RESULTS.nonfinite, RESULTS.invalid_data, RESULTS.invalid_sample_weight
-        )
-        if not isinstance(worthless, Tracer) and bool(worthless):
-            raise eqx.EquinoxRuntimeError(_what_is_wrong(solution.result, model, problem))
-        solution = solution.result.error_if(solution, worthless)
+    solution, worthless = _fit(loop, inputs, adjoint)
+    if not throw:
+        return solution
+    if isinstance(worthless, Tracer):
+        return solution.result.error_if(solution, worthless)
+    if bool(worthless):
+        raise eqx.EquinoxRuntimeError(_what_is_wrong(solution.result, model, problem))
     return solution
 
 
 @eqx.filter_jit
-def _fit(loop: Loop, inputs: Inputs, adjoint: AbstractAdjoint) -> Solution:
+def _fit(loop: Loop, inputs: Inputs, adjoint: AbstractAdjoint) -> tuple[Solution, Array]:
+    """The solution, and whether there is none to speak of."""
     final = adjoint(loop, inputs)
     problem, step = inputs.problem, final.state.step
     state = loop.algorithm.finish(final.state, problem, key=inputs.key_at(step + 1))
-    return Solution(
+    fixed = jax.tree.map(lax.stop_gradient, (state.statistics, problem))
+    result = verdict(final.result, *fixed)
+    solution = Solution(
         model=shown(state.model),
         objective=state.objective,
         log_likelihood=state.log_likelihood,
@@ -116,9 +119,10 @@ def _fit(loop: Loop, inputs: Inputs, adjoint: AbstractAdjoint) -> Solution:
         history=final.history,
         num_steps=step,
         error=final.error,
-        result=verdict(final.result, state, problem.prior),
-        set_aside=jnp.zeros((), jnp.int32),
+        result=result,
     )
+    failures = RESULTS.nonfinite, RESULTS.invalid_data, RESULTS.invalid_sample_weight
+    return solution, is_any(result, *failures)
 
 
 def _check_settings(algorithm: Any, tol: Any, max_steps: Any, adjoint: Any) -> None:

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxem._core.statistics import Framed
 from jaxem.em._problem import Problem
 
 _HALVINGS = 30
@@ -37,9 +36,7 @@ def no_worse(
     frozen, target = lax.stop_gradient((old.model, new.model))
     direction = jax.tree.map(jnp.subtract, target, frozen)
     eps = jnp.finfo(old.objective.dtype).eps
-    height = jax.jit(
-        lambda state: _height(state, direction, problem.prior)
-    )  # so that it is traced once
+    height = jax.jit(lambda state: _height(state, direction, problem))  # so that it is traced once
     before, rise = height(old)
     bound = before - 30 * eps * (jnp.abs(before) + total)
     steepest = -0.5 * jnp.maximum(rise, 0) - eps**2 * total
@@ -63,14 +60,11 @@ def no_worse(
     )
 
 
-def _height(state: Any, direction: Any, prior: Framed | None) -> tuple[Array, Array]:
+def _height(state: Any, direction: Any, problem: Problem) -> tuple[Array, Array]:
     """The objective at a state and its slope along a direction, that of Q (Fisher's identity)."""
-    model, statistics, objective = lax.stop_gradient(
-        (state.model, state.statistics, state.objective)
-    )
-    combined = statistics if prior is None else statistics + lax.stop_gradient(prior)
-    _, slope = jax.jvp(lambda m: m.expected_log_prob(combined), (model,), (direction,))
-    return objective, slope
+    combined = lax.stop_gradient(problem.with_prior(state.statistics))
+    _, slope = jax.jvp(lambda m: m.expected_log_prob(combined), (combined.frame,), (direction,))
+    return lax.stop_gradient(state.objective), slope
 
 
 def _between(start: Any, end: Any, share: Array) -> Any:

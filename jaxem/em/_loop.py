@@ -4,6 +4,7 @@ A turn is a step of the algorithm, and the stopping rule: a fit has converged wh
 gains, and the statistics move, by no more than `tol` per observation of weight.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -14,13 +15,15 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxem._core.checks import or_absent
-from jaxem._core.statistics import Framed, distance
+from jaxem._core.statistics import Framed
 from jaxem.em._algorithm import AbstractAlgorithm, State
 from jaxem.em._problem import Problem
-from jaxem.em._progress import Progress
 from jaxem.em._solution import RESULTS, is_any
-from jaxem.latents import Exact
-from jaxem.models._base import AbstractModel, expected_sums
+from jaxem.models._base import AbstractModel
+
+
+def _print_progress(step: int, objective: float, change: float) -> None:
+    print(f"step {int(step):5d}   objective {float(objective):.8g}   change {float(change):.1e}")
 
 
 class Inputs(NamedTuple):
@@ -47,6 +50,30 @@ class Carry(eqx.Module):
     unfinished: Bool[Array, ""]
 
 
+class Progress(eqx.Module):
+    """A report on the host every few steps of a fit.
+
+    **Arguments:** `every`, in steps; `report(step, objective, change)`, default: print a line.
+
+    **Raises:** `ValueError` for less than every step.
+    """
+
+    every: int = eqx.field(static=True, default=10)
+    report: Callable[..., None] = eqx.field(static=True, default=_print_progress)
+
+    def __check_init__(self):
+        if self.every < 1:
+            raise ValueError(f"Progress reports every 1 or more steps, got {self.every}.")
+
+    def emit(self, step: Array, objective: Array, change: Array) -> None:
+        """Reports from within a compiled program, if `every` divides the number of this step."""
+        lax.cond(
+            step % self.every == 0,
+            lambda: jax.debug.callback(self.report, step, objective, change),
+            lambda: None,
+        )
+
+
 class Loop(eqx.Module):
     """A fit as a loop, each part a pure function of the inputs; an adjoint runs it."""
 
@@ -59,12 +86,9 @@ class Loop(eqx.Module):
         while_loop = eqxi.while_loop if kind else lax.while_loop
 
         def turn(carry: Carry) -> Carry:
-            return advance(self, carry, inputs)
+            return self.advance(carry, inputs)
 
         return while_loop(lambda carry: carry.unfinished, turn, self.start(inputs), **kind)
-
-    def start(self, inputs: Inputs) -> Carry:
-        return start(self, inputs)
 
     def step(self, state: State, inputs: Inputs) -> State:
         """A step of the algorithm."""
@@ -76,78 +100,71 @@ class Loop(eqx.Module):
         key = inputs.key_at(state.step + 1)
         return self.algorithm.plain().whole_step(state, inputs.problem, key)
 
+    def start(self, inputs: Inputs) -> Carry:
+        """The carry before the first step, finished already if data or weights are invalid."""
+        model, problem = inputs.model, inputs.problem
+        key = inputs.key_at(jnp.zeros((), jnp.int32))
+        state = self.algorithm.init(model, problem, key=key)
+        result = RESULTS.where(
+            jnp.isfinite(state.objective), RESULTS.max_steps_reached, RESULTS.nonfinite
+        )
+        fits = jnp.all(or_absent(model.in_support(problem.data), problem.sample_weight))
+        result = RESULTS.where(fits, result, RESULTS.invalid_data)
+        result = RESULTS.where(
+            _valid_weight(problem.sample_weight), result, RESULTS.invalid_sample_weight
+        )
+        history = jnp.full(self.max_steps + 1, jnp.nan, state.objective.dtype)
+        nan = jnp.full_like(state.objective, jnp.nan)
+        return Carry(
+            state=state,
+            change=nan,
+            error=nan,
+            small_steps=jnp.zeros((), jnp.int32),
+            history=history.at[0].set(state.objective),
+            result=result,
+            unfinished=(result == RESULTS.max_steps_reached) & (self.max_steps > 0),
+        )
 
-def start(loop: Loop, inputs: Inputs) -> Carry:
-    """The carry before the first step, finished already if data or weights are invalid."""
-    model, problem = inputs.model, inputs.problem
-    if problem.prior is not None:
-        _check_prior(model, problem)
-    key = inputs.key_at(jnp.zeros((), jnp.int32))
-    state = loop.algorithm.init(model, problem, key=key)
-    result = RESULTS.where(
-        jnp.isfinite(state.objective), RESULTS.max_steps_reached, RESULTS.nonfinite
-    )
-    fits = jnp.all(or_absent(model.in_support(problem.data), problem.sample_weight))
-    result = RESULTS.where(fits, result, RESULTS.invalid_data)
-    result = RESULTS.where(
-        _valid_weight(problem.sample_weight), result, RESULTS.invalid_sample_weight
-    )
-    history = jnp.full(loop.max_steps + 1, jnp.nan, state.objective.dtype)
-    nan = jnp.full_like(state.objective, jnp.nan)
-    return Carry(
-        state=state,
-        change=nan,
-        error=nan,
-        small_steps=jnp.zeros((), jnp.int32),
-        history=history.at[0].set(state.objective),
-        result=result,
-        unfinished=(result == RESULTS.max_steps_reached) & (loop.max_steps > 0),
-    )
+    def advance(self, carry: Carry, inputs: Inputs) -> Carry:
+        """One step, how far it moved, and whether it is the last."""
+        traits, tol = self.algorithm.traits, inputs.tol
+        old, new = carry.state, self.step(carry.state, inputs)
+        total = inputs.problem.total_weight
+        gain = new.objective - old.objective
+        change, resolution = _movement(new.statistics, old.statistics) / total
+        estimate = traits.exact and traits.stationary
+        error = _estimated_error(carry, change, resolution) if estimate else carry.error
 
+        rounding = jnp.finfo(gain.dtype).eps * (jnp.abs(old.objective) + total)
+        finite = jnp.isfinite(new.objective) & jnp.isfinite(change)
+        fell = jnp.asarray(traits.monotone) & (gain < -300 * rounding)
+        small = (tol > 0) & (change <= jnp.maximum(tol, resolution))
+        small = small & (jnp.abs(gain) <= jnp.maximum(tol * total, 10 * rounding))
+        small = small & self.algorithm.conclusive(new)
+        small_steps = jnp.where(small, carry.small_steps + 1, 0)
+        converged = small_steps >= traits.period
+        failed = ~finite | fell
+        result = RESULTS.where(converged, RESULTS.converged, carry.result)
+        result = RESULTS.where(fell, RESULTS.decreased, result)
+        result = RESULTS.where(finite, result, RESULTS.nonfinite)
 
-def advance(loop: Loop, carry: Carry, inputs: Inputs) -> Carry:
-    """One step, how far it moved, and whether it is the last."""
-    traits, tol = loop.algorithm.traits, inputs.tol
-    old, new = carry.state, loop.step(carry.state, inputs)
-    total = inputs.problem.total_weight
-    gain = new.objective - old.objective
-    change = distance(new.statistics, old.statistics) / total
-    resolution = _resolution(new.statistics) / total
-    estimate = traits.exact and traits.stationary
-    error = _estimated_error(carry, change, resolution) if estimate else carry.error
-
-    rounding = jnp.finfo(gain.dtype).eps * (jnp.abs(old.objective) + total)
-    finite = jnp.isfinite(new.objective) & jnp.isfinite(change)
-    fell = jnp.asarray(traits.monotone) & (gain < -300 * rounding)
-    small = (tol > 0) & (change <= jnp.maximum(tol, resolution))
-    small = small & (jnp.abs(gain) <= jnp.maximum(tol * total, 10 * rounding))
-    small = small & loop.algorithm.conclusive(new)
-    small_steps = jnp.where(small, carry.small_steps + 1, 0)
-    converged = small_steps >= traits.period
-    failed = ~finite | fell
-    result = RESULTS.where(converged, RESULTS.converged, carry.result)
-    result = RESULTS.where(fell, RESULTS.decreased, result)
-    result = RESULTS.where(finite, result, RESULTS.nonfinite)
-
-    if loop.progress is not None:
-        loop.progress.emit(new.step, new.objective, change)
-    return Carry(
-        state=jax.tree.map(lambda a, b: jnp.where(failed, a, b), old, new),
-        change=jnp.where(failed, carry.change, change),
-        error=jnp.where(failed, carry.error, error),
-        small_steps=small_steps,
-        history=carry.history.at[new.step].set(jnp.where(failed, jnp.nan, new.objective)),
-        result=result,
-        unfinished=~(failed | converged) & (new.step < loop.max_steps),
-    )
+        if self.progress is not None:
+            self.progress.emit(new.step, new.objective, change)
+        return Carry(
+            state=jax.tree.map(lambda a, b: jnp.where(failed, a, b), old, new),
+            change=jnp.where(failed, carry.change, change),
+            error=jnp.where(failed, carry.error, error),
+            small_steps=small_steps,
+            history=carry.history.at[new.step].set(jnp.where(failed, jnp.nan, new.objective)),
+            result=result,
+            unfinished=~(failed | converged) & (new.step < self.max_steps),
+        )
 
 
-def verdict(result: RESULTS, state: State, prior: Framed | None) -> RESULTS:
+def verdict(result: RESULTS, statistics: Framed, problem: Problem) -> RESULTS:
     """How the loop ended, or that its model is degenerate or not representable."""
-    model, statistics = state.model, state.statistics
-    combined = statistics if prior is None else statistics + prior
-    fixed_model, combined = jax.tree.map(lax.stop_gradient, (model, combined))
-    degenerate = jnp.any(fixed_model.degenerate(combined))
+    model = statistics.frame
+    degenerate = jnp.any(model.degenerate(problem.with_prior(statistics)))
     valid = ~is_any(result, RESULTS.invalid_data, RESULTS.invalid_sample_weight)
     sound = model.representable() | ~valid | degenerate
     result = RESULTS.where(sound, result, RESULTS.nonfinite)
@@ -164,39 +181,22 @@ def _estimated_error(carry: Carry, change: Array, resolution: Array) -> Float[Ar
     return jnp.where(noise, carry.error, error)
 
 
-def _resolution(statistics: Framed) -> Float[Array, ""]:
-    """How far the statistics move if each parameter moves by its own rounding."""
-    eps = {leaf.dtype: jnp.finfo(leaf.dtype).eps for leaf in jax.tree.leaves(statistics.frame)}
-    nudged = jax.tree.map(lambda leaf: leaf * (1 + eps[leaf.dtype]), statistics.frame)
-    return distance(statistics.at(nudged), Framed(statistics.sums, nudged))
+def _movement(new: Framed, old: Framed) -> Float[Array, " 2"]:
+    """How far statistics moved, and how far they move if each parameter moves by its own rounding.
+
+    In the frame of the old ones, and in that of the nudged model.
+    """
+    eps = {leaf.dtype: jnp.finfo(leaf.dtype).eps for leaf in jax.tree.leaves(new.frame)}
+    nudged = jax.tree.map(lambda leaf: leaf * (1 + eps[leaf.dtype]), new.frame)
+    frames, aims = jax.tree.map(
+        lambda *leaves: jnp.stack(leaves), (old.frame, old.sums), (nudged, new.sums)
+    )
+    moved = jax.vmap(lambda frame: new.at(frame).sums)(frames)  # so that reframing compiles once
+    gaps = jax.tree.map(lambda a, b: jnp.abs(a - b).reshape(2, -1), moved, aims)
+    return jnp.max(jnp.concatenate(jax.tree.leaves(gaps), axis=1), axis=1)
 
 
 def _valid_weight(sample_weight: Float[Array, " n"] | None) -> Bool[Array, ""]:
     if sample_weight is None:
         return jnp.asarray(True)
     return jnp.all((sample_weight >= 0) & jnp.isfinite(sample_weight)) & jnp.any(sample_weight > 0)
-
-
-def _check_prior(model: AbstractModel, problem: Problem) -> None:
-    """Raises `ValueError` at trace time unless the prior's statistics are those of the model."""
-
-    def own() -> Framed:
-        data, weight = problem.data, problem.sample_weight
-        return Framed(expected_sums(model, data, weight, Exact(), None)[0], model)
-
-    if _kind(jax.eval_shape(own)) != _kind(problem.prior):
-        raise ValueError(
-            "prior does not belong to this model: it was made by another family, or for other "
-            "numbers of components or features. It comes from this model's model.prior(…); a "
-            "prior of the components goes in as model.prior(components=…)."
-        )
-
-
-def _kind(tree: Any) -> Any:
-    """The types in a tree and the shapes of its arrays; frozen or not makes no difference."""
-    if isinstance(tree, jax.Array | jax.ShapeDtypeStruct):
-        return tree.shape
-    if tree is None or jax.tree_util.all_leaves([tree]):
-        return None
-    parts = jax.tree.leaves(tree, is_leaf=lambda node: node is not tree)
-    return type(tree), tuple(_kind(part) for part in parts)

@@ -3,21 +3,15 @@
 import abc
 from collections.abc import Callable
 
-import equinox as eqx
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from jaxem._core.statistics import Framed
-from jaxem.em._traits import Traits
+from jaxem.em._traits import AbstractSlot, Traits
 from jaxem.models._base import AbstractModel
 
 
-class AbstractMaximization(eqx.Module):
+class AbstractMaximization(AbstractSlot):
     """The M-step of an algorithm."""
-
-    @property
-    @abc.abstractmethod
-    def traits(self) -> Traits:
-        """What holds for every step."""
 
     @abc.abstractmethod
     def init(self, model: AbstractModel) -> PyTree[Array]:
@@ -35,10 +29,6 @@ class AbstractMaximization(eqx.Module):
         `evaluate(model)` gives the statistics of this step's data about a model, without the
         prior, and its objective, with the log-prior.
         """
-
-    @abc.abstractmethod
-    def conclusive(self, memory: PyTree[Array], step: Int[Array, ""]) -> Bool[Array, ""] | bool:
-        """Whether a small step can mean convergence."""
 
 
 class ClosedForm(AbstractMaximization):

@@ -3,11 +3,13 @@
 from typing import Any
 
 import equinox as eqx
+import jax
 from jaxtyping import Array, Float, PyTree
 
 from jaxem._core.blocks import as_arrays, num_observations, total_weight
 from jaxem._core.checks import check_sample_weight
 from jaxem._core.numerics import float_dtype
+from jaxem._core.parameters import replace
 from jaxem._core.statistics import Framed
 from jaxem.models._alone import Alone, framed_alone
 from jaxem.models._base import AbstractModel
@@ -28,7 +30,7 @@ class Problem(eqx.Module):
     - `sample_weight` (n,): how often each observation counts; default: once.
     - `prior`: pseudo-statistics from `model.prior(…)`; default: none.
 
-    `checked` is True once data and weights were found to suit a model.
+    `checked` is True once data, weights and prior were found to suit a model.
 
     **Raises:** `ValueError` for a prior of another kind.
     """
@@ -53,30 +55,52 @@ class Problem(eqx.Module):
         """The number of observations, each counted as often as its weight states."""
         return total_weight(self.data, self.sample_weight)
 
+    def with_prior(self, statistics: Framed) -> Framed:
+        """Statistics and the pseudo-statistics of the prior."""
+        return statistics if self.prior is None else statistics + self.prior
+
+    def log_prior(self, model: AbstractModel) -> Float[Array, ""] | float:
+        """The log-density of the prior at a model, up to a constant."""
+        return 0.0 if self.prior is None else model.expected_log_prob(self.prior)
+
 
 def as_problem(
     given: Any, model: AbstractModel, sample_weight: Any = None, prior: Framed | None = None
 ) -> Problem:
     """Data or a `Problem` as a problem that suits a model, with weights of the model's dtype.
 
-    **Raises:** `ValueError` for data or weights of the wrong shape or dtype, or for weights or a
-    prior given beside a `Problem`.
+    **Raises:** `ValueError` for data or weights of the wrong shape or dtype, for a prior of another
+    model, or for weights or a prior given beside a `Problem`.
     """
-    if isinstance(given, Problem):
-        if sample_weight is not None or prior is not None:
-            raise ValueError(
-                "a Problem holds its sample_weight and prior: give them to Problem(…) alone."
-            )
-        if given.checked:
-            return given
-        problem = given
-    else:
-        problem = Problem(given, sample_weight, prior)
-    model.check(problem.data)
-    check_sample_weight(problem.sample_weight, problem.num_observations)
-    weight, prior = problem.sample_weight, problem.prior
+    if not isinstance(given, Problem):
+        given = Problem(given, sample_weight, prior)
+    elif sample_weight is not None or prior is not None:
+        raise ValueError(
+            "a Problem holds its sample_weight and prior: give them to Problem(…) alone."
+        )
+    if given.checked:
+        return given
+    model.check(given.data)
+    weight, prior = given.sample_weight, given.prior
+    check_sample_weight(weight, given.num_observations)
     if weight is not None:
         weight = weight.astype(float_dtype(model))
     if isinstance(model, Alone):
         prior = framed_alone(prior)
-    return Problem(problem.data, weight, prior, checked=True)
+    if prior is not None and _kind(prior.frame) != _kind(model):
+        raise ValueError(
+            "prior does not belong to this model: it was made by another family, or for other "
+            "numbers of components or features. It comes from this model's model.prior(…); a "
+            "prior of the components goes in as model.prior(components=…)."
+        )
+    return replace(given, sample_weight=weight, prior=prior, checked=True)
+
+
+def _kind(tree: Any) -> Any:
+    """The types in a tree and the shapes of its arrays; frozen or not makes no difference."""
+    if isinstance(tree, jax.Array | jax.ShapeDtypeStruct):
+        return tree.shape
+    if tree is None or jax.tree_util.all_leaves([tree]):
+        return None
+    parts = jax.tree.leaves(tree, is_leaf=lambda node: node is not tree)
+    return type(tree), tuple(_kind(part) for part in parts)

@@ -52,7 +52,7 @@ def fit_best(
     - `algorithm`, `sample_weight`, `prior`, `tol` and `max_steps` as for `fit`.
     - `short_steps` and `num_polished` as for `fit_restarts`.
 
-    **Returns:** the solution that `best` picks.
+    **Returns:** the solution that `best` picks; its `runs` says how each fit ended.
 
     **Raises:** `ValueError` as `init` and `fit` do.
     """
@@ -66,11 +66,9 @@ def fit_best(
     if sample_weight is not None:
         options["sample_weight"] = sample_weight
     start_key, fit_key = jax.random.split(key)
-    models = jax.vmap(lambda own: init(own, data, *args, **options))(
-        jax.random.split(start_key, num_starts)
-    )
+    keys = jax.random.split(start_key, num_starts)
     solutions = fit_restarts(
-        models,
+        jax.vmap(lambda own: init(own, data, *args, **options))(keys),
         data,
         algorithm,
         short_steps=short_steps,
@@ -117,67 +115,61 @@ def fit_restarts(
     num_lanes = _num_lanes(models)
     problem = data if isinstance(data, Problem) else Problem(data, sample_weight, prior)
     short_key, key = (None, None) if key is None else jax.random.split(key)
-    if short_steps is None:
-        return _fit_lanes(models, problem, algorithm, key, tol, max_steps)
-    if not 1 <= num_polished <= num_lanes:
-        raise ValueError(f"num_polished must be between 1 and {num_lanes}, got {num_polished}.")
-    runs = _fit_lanes(models, problem, algorithm, short_key, tol, short_steps)
-    chosen = lane_order(runs)[:num_polished]
-    models = jax.tree.map(lambda leaf: leaf[chosen], runs.model)
-    return _fit_lanes(models, problem, algorithm, key, tol, max_steps)
+    if short_steps is not None:
+        if not 1 <= num_polished <= num_lanes:
+            raise ValueError(f"num_polished must be between 1 and {num_lanes}, got {num_polished}.")
+        runs = _Lanes(models, short_key, problem, algorithm, tol, short_steps).run(num_lanes)
+        chosen = lane_order(runs)[:num_polished]
+        models, num_lanes = jax.tree.map(lambda leaf: leaf[chosen], runs.model), num_polished
+    return _Lanes(models, key, problem, algorithm, tol, max_steps).run(num_lanes)
 
 
-def _fit_lanes(
-    models: Any,
-    problem: Problem,
-    algorithm: AbstractAlgorithm,
-    key: Array | None,
-    tol: float | None,
-    max_steps: int,
-) -> Solution:
-    """Every lane fitted: side by side in batches, or one after another."""
-    num_lanes = _num_lanes(models)
-    keys = None if key is None else jax.random.split(key, num_lanes)
-    first = jax.eval_shape(lambda m: jax.tree.map(lambda leaf: leaf[0], m), models)
-    model = as_model(first, "fit_restarts")
-    numbers = problem.num_observations * model.width(problem.data)
-    batch = _side_by_side(num_lanes, numbers, model.serial_steps(problem.data))
-    given = (models, keys), problem, algorithm, tol, max_steps
-    if batch > 1 or any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(given)):
-        return _fit_batches(*given, batch)
-    # on CPU a loop inside one program would be slower: XLA runs what is nested on other threads
-    arrays, rest = eqx.partition(given, eqx.is_array)
-    leaves, kind = jax.tree.flatten(rest)
-    lanes = [_fit_lane(kind, tuple(leaves), arrays, index) for index in np.arange(num_lanes)]
-    return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *lanes)
+class _Lanes(eqx.Module):
+    """Fits that differ in their starts and random numbers alone."""
+
+    models: Any
+    key: Array | None
+    problem: Problem
+    algorithm: AbstractAlgorithm
+    tol: Any
+    max_steps: int = eqx.field(static=True)
+
+    def run(self, num_lanes: int) -> Solution:
+        """Every lane fitted: side by side in batches, or one after another."""
+        first = jax.eval_shape(lambda m: jax.tree.map(lambda leaf: leaf[0], m), self.models)
+        model = as_model(first, "fit_restarts")
+        data = self.problem.data
+        numbers = self.problem.num_observations * model.width(data)
+        batch = _side_by_side(num_lanes, numbers, model.serial_steps(data))
+        if batch > 1 or any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(self)):
+            return _in_batches(self, num_lanes, batch)
+        # on CPU a loop inside one program would be slower: XLA runs what is nested on other threads
+        arrays, rest = eqx.partition(self, eqx.is_array)
+        leaves, kind = jax.tree.flatten(rest)
+        lanes = [_one(kind, tuple(leaves), arrays, index) for index in np.arange(num_lanes)]
+        return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *lanes)
+
+    def fit(self, index: Any) -> Solution:
+        key = None if self.key is None else jax.random.fold_in(self.key, index)
+        return fit(
+            jax.tree.map(lambda leaf: leaf[index], self.models),
+            self.problem,
+            self.algorithm,
+            key=key,
+            tol=self.tol,
+            max_steps=self.max_steps,
+            throw=False,
+        )
 
 
 @eqx.filter_jit
-def _fit_batches(
-    lanes: Any,
-    problem: Problem,
-    algorithm: AbstractAlgorithm,
-    tol: float | None,
-    max_steps: int,
-    batch: int,
-) -> Solution:
-    def one(lane: Any) -> Solution:
-        return _fit_one(lane, problem, algorithm, tol, max_steps)
-
-    return lax.map(one, lanes, batch_size=batch)
+def _in_batches(lanes: _Lanes, num_lanes: int, batch: int) -> Solution:
+    return lax.map(lanes.fit, jnp.arange(num_lanes), batch_size=batch)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))  # called often: `filter_jit` takes longer
-def _fit_lane(kind: Any, leaves: tuple[Any, ...], arrays: Any, index: Any) -> Solution:
-    lanes, *given = eqx.combine(arrays, jax.tree.unflatten(kind, leaves))
-    return _fit_one(jax.tree.map(lambda leaf: leaf[index], lanes), *given)
-
-
-def _fit_one(
-    lane: Any, problem: Problem, algorithm: AbstractAlgorithm, tol: float | None, max_steps: int
-) -> Solution:
-    model, key = lane
-    return fit(model, problem, algorithm, key=key, tol=tol, max_steps=max_steps, throw=False)
+def _one(kind: Any, leaves: tuple[Any, ...], arrays: Any, index: Any) -> Solution:
+    return eqx.combine(arrays, jax.tree.unflatten(kind, leaves)).fit(index)
 
 
 def _side_by_side(lanes: int, numbers: int, serial_steps: int) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxem._core.parameters import replace
 from jaxem._core.statistics import Framed
 
 
@@ -55,6 +56,18 @@ STATUSES = (
 )
 
 
+class Runs(eqx.Module):
+    """How each of several fits ended: `objective` (lanes,) and `result`, with `status` in words."""
+
+    objective: Float[Array, " lanes"]
+    result: RESULTS
+
+    @property
+    def status(self) -> Any:
+        """An array with the name of each result."""
+        return _names(self.result)
+
+
 class Solution(eqx.Module):
     """A fitted model and how it was reached.
 
@@ -71,7 +84,7 @@ class Solution(eqx.Module):
       and where their ratio means nothing (accelerated, incremental and random steps); inf while
       changes do not shrink.
     - `result`: a member of `RESULTS`; `converged` and `status` say it in a boolean and a word.
-    - `set_aside`: how many lanes with a higher objective `best` passed over.
+    - `runs`: of the solution that `best` picks, how all of the fits ended; else None.
     """
 
     model: Any
@@ -82,7 +95,7 @@ class Solution(eqx.Module):
     num_steps: Int[Array, ""]
     error: Float[Array, ""]
     result: RESULTS
-    set_aside: Int[Array, ""]
+    runs: Runs | None = None
 
     @property
     def converged(self) -> Bool[Array, ""]:
@@ -92,10 +105,16 @@ class Solution(eqx.Module):
     @property
     def status(self) -> Any:
         """The name of the result, such as `"converged"`; of a batch of fits, an array of names."""
-        flags = [np.asarray(self.result == getattr(RESULTS, name)) for name in STATUSES]
-        index = np.argmax(flags, axis=0)
-        names = np.array(STATUSES)[index]
-        return names if np.ndim(index) else str(names)
+        return _names(self.result)
+
+    @property
+    def set_aside(self) -> Int[Array, ""]:
+        """How many fits with a higher objective `best` passed over, because they are unsound."""
+        if self.runs is None:
+            return jnp.zeros((), jnp.int32)
+        others = self.runs.objective
+        above = jnp.isfinite(others) & (others > self.objective[..., None])
+        return jnp.sum(above, axis=-1, dtype=jnp.int32)
 
     def __repr__(self) -> str:
         return _summary(self)
@@ -105,8 +124,8 @@ def best(solutions: Solution) -> Solution:
     """The best lane of a batch of fits, such as `fit_restarts` or `jax.vmap` over starts gives.
 
     Lanes that ended well come first, then degenerate ones, then those that failed, each by
-    objective; `set_aside` counts the lanes passed over although their objective was higher. The
-    lane returned is NaN only if all are.
+    objective. `runs` of the solution says how all of them ended, and `set_aside` how many were
+    passed over although their objective was higher. The lane returned is NaN only if all are.
 
     **Raises:** `ValueError` for something else than a batch of solutions.
     """
@@ -120,11 +139,9 @@ def best(solutions: Solution) -> Solution:
             "best expects solutions with one leading axis, as from jax.vmap(fit) or "
             f"fit_restarts; got an objective of shape {jnp.shape(solutions.objective)}."
         )
-    objective = solutions.objective
     winner = lane_order(solutions)[0]
-    above = jnp.isfinite(objective) & (objective > objective[winner])
     chosen = jax.tree.map(lambda leaf: leaf[winner], solutions)
-    return eqx.tree_at(lambda s: s.set_aside, chosen, jnp.sum(above).astype(jnp.int32))
+    return replace(chosen, runs=Runs(solutions.objective, solutions.result))
 
 
 def lane_order(solutions: Solution) -> Int[Array, " lanes"]:
@@ -142,14 +159,20 @@ def is_any(result: RESULTS, *members: RESULTS) -> Array:
     return jnp.any(jnp.stack([result == member for member in members]), axis=0)
 
 
+def _names(result: RESULTS) -> Any:
+    """The name of a result, or an array of names."""
+    flags = [np.asarray(result == getattr(RESULTS, name)) for name in STATUSES]
+    index = np.argmax(flags, axis=0)
+    names = np.array(STATUSES)[index]
+    return names if np.ndim(index) else str(names)
+
+
 def _summary(solution: Solution) -> str:
     """A readable account of a solution, or a count of results for a batch of them."""
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(solution)):
         return f"Solution(model={type(solution.model).__name__}, traced)"
     if np.ndim(solution.objective):
-        names = list(np.ravel(solution.status))
-        ended = ", ".join(f"{names.count(n)} {n}" for n in STATUSES if n in names)
-        return f"Solutions of {np.size(solution.objective)} fits: {ended}"
+        return f"Solutions of {_counted(solution.status)}"
     error = float(solution.error)
     lines = [
         f"Solution: {solution.status} after {int(solution.num_steps)} steps",
@@ -157,6 +180,14 @@ def _summary(solution: Solution) -> str:
         f"{float(solution.objective):.6g}"
         + ("" if np.isnan(error) else f", estimated error {error:.1e}"),
     ]
-    if int(solution.set_aside):
-        lines.append(f"  {int(solution.set_aside)} higher but unsound fits were set aside")
+    if solution.runs is not None:
+        aside = int(solution.set_aside)
+        note = f"; {aside} higher but unsound set aside" if aside else ""
+        lines.append(f"  best of {_counted(solution.runs.status)}{note}")
     return "\n".join([*lines, "  " + repr(solution.model).replace("\n", "\n  ")])
+
+
+def _counted(status: Any) -> str:
+    names = list(np.ravel(status))
+    ended = (f"{names.count(name)} {name}" for name in STATUSES if name in names)
+    return f"{len(names)} fits: " + ", ".join(ended)

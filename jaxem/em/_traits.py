@@ -1,6 +1,10 @@
 """What a slot of EM promises, as one value; an algorithm's traits are the product of its slots'."""
 
+import abc
 import dataclasses
+
+import equinox as eqx
+from jaxtyping import Array, Bool, Int, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,3 +46,16 @@ class Traits:
     def exact(self) -> bool:
         """Whether statistics and objective are functions of the model, over all the data."""
         return self.deterministic and self.full_data
+
+
+class AbstractSlot(eqx.Module):
+    """One of the three parts of EM. It may remember arrays from step to step."""
+
+    @property
+    @abc.abstractmethod
+    def traits(self) -> Traits:
+        """What holds for every step."""
+
+    @abc.abstractmethod
+    def conclusive(self, memory: PyTree[Array], step: Int[Array, ""]) -> Bool[Array, ""] | bool:
+        """Whether `traits.period` small steps in a row can mean convergence."""
