@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxem
 from jaxem._core.conversion import as_arrays
 
 MASKED = np.ma.masked_greater(np.array([[1.0, 2.0], [3.0, 1e4]]), 100.0)
@@ -79,6 +80,27 @@ def test_ordinary_float64_data_are_rounded_to_float32():
     given = np.random.default_rng(0).normal(1000, 0.1, (50, 2))
     with jax.enable_x64(False):
         np.testing.assert_allclose(as_arrays(given), given, rtol=1e-7)
+
+
+def test_masked_steps_of_sequences_are_unobserved():
+    counts = np.ma.masked_equal([[[2], [999], [3]], [[9], [8], [999]]], 999)
+    data = jaxem.Sequences(counts)
+    np.testing.assert_array_equal(data.observed, [[True, False, True], [True, True, False]])
+    assert int(jnp.max(data.values)) == 9
+    ragged = jaxem.Sequences.from_list([counts[0], counts[1][:1]])
+    np.testing.assert_array_equal(np.asarray(ragged.observed)[0, :3], [True, False, True])
+    with pytest.raises(ValueError, match="masked in part"):
+        jaxem.Sequences(np.ma.masked_equal(np.array([[[2, 1], [1, 5]]]), 2))
+
+
+def test_sequences_of_numpy_arrays_make_no_warning():
+    with jax.enable_x64(False):
+        for dtype in (np.int64, np.float64):
+            parts = [np.zeros((3, 1), dtype), np.ones((5, 1), dtype)]
+            assert jaxem.Sequences.from_list(parts).values.shape == (2, 5, 1)
+            assert jaxem.Sequences.split(np.concatenate(parts), [3, 5]).values.shape == (2, 5, 1)
+        with pytest.raises(ValueError, match="integers from"):
+            jaxem.Sequences.from_list([np.full((3, 1), 2**40)])
 
 
 def test_arrays_of_jax_and_tracers_pass_as_they_are():

@@ -56,8 +56,8 @@ def _as_array(leaf: Any) -> Any:
             raise ValueError(
                 f"data hold {int(np.ma.getmaskarray(leaf).sum())} masked entries, which a mask "
                 "alone does not take out: leave such observations away, as in "
-                "x[~np.ma.getmaskarray(x).any(axis=1)].data; unobserved steps of sequences go "
-                "into Sequences(values, observed=…)."
+                "x[~np.ma.getmaskarray(x).any(axis=1)].data; sequences take masked steps as "
+                "unobserved, as jaxem.Sequences(x)."
             )
         leaf = leaf.data
     array = np.asarray(leaf)
@@ -75,6 +75,36 @@ def _as_array(leaf: Any) -> Any:
             f"data are {what.get(array.dtype.kind, 'no numbers')} (dtype {array.dtype}): {advice}."
         )
     return jnp.asarray(array.astype(_held(array), copy=False))
+
+
+def without_masks(values: PyTree[Any]) -> tuple[PyTree[Any], np.ndarray | None]:
+    """Values (b, t, …) without masks, and the steps (b, t) that were not masked, if some were.
+
+    **Raises:** `ValueError` for a step that is masked in part.
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(values) if np.ma.is_masked(leaf)]
+    if not leaves:
+        return values, None
+    masks = [
+        np.ma.getmaskarray(leaf) if isinstance(leaf, np.ma.MaskedArray) else np.zeros(leaf.shape)
+        for leaf in jax.tree.leaves(values)
+    ]
+    flat = np.concatenate([mask.reshape(*mask.shape[:2], -1) for mask in masks], axis=2) != 0
+    unobserved = flat.all(axis=2)
+    if np.any(flat.any(axis=2) & ~unobserved):
+        raise ValueError(
+            "values hold steps that are masked in part: mask all of a step, or nothing of it."
+        )
+
+    def one(leaf: Any) -> Any:
+        """Masked steps hold another step's values, which are possible ones."""
+        if not isinstance(leaf, np.ma.MaskedArray):
+            return leaf
+        mask = np.ma.getmaskarray(leaf)
+        typical = leaf.data[~mask][0] if not mask.all() else np.zeros((), leaf.dtype)
+        return np.where(mask, typical, leaf.data)
+
+    return jax.tree.map(one, values), ~unobserved
 
 
 def _numbers(array: np.ndarray) -> np.ndarray:
