@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -20,7 +21,9 @@ def check_shape(name: str, value: Array, expected: tuple[int | str, ...]) -> Non
     )
     if not fits:
         shape = "(" + ", ".join(str(size) for size in expected) + ("," * (len(expected) == 1)) + ")"
-        raise ValueError(f"{name} has shape {value.shape}; expected {shape}.")
+        per_component = value.ndim == 1 and len(expected) == 2 and expected[0] == "k"
+        advice = ": one row for each component, as in [[2.0], [6.0]]" if per_component else ""
+        raise ValueError(f"{name} has shape {value.shape}; expected {shape}{advice}.")
 
 
 def check_observations(x: Any, num_features: int, who: str) -> None:
@@ -28,9 +31,10 @@ def check_observations(x: Any, num_features: int, who: str) -> None:
     if not eqx.is_array(x):
         raise ValueError(f"{who} expects an array of observations, got {type(x).__name__}.")
     if x.ndim == 1:
+        one = num_features > 1 and x.shape[0] == num_features
+        advice = "x[None] for one observation" if one else "x[:, None] for one feature"
         raise ValueError(
-            f"{who} expects data of shape (n, {num_features}), got {x.shape}; "
-            "write x[:, None] for n observations of one feature."
+            f"{who} expects data of shape (n, {num_features}), got {x.shape}; write {advice}."
         )
     if x.ndim != 2 or x.shape[1] != num_features:
         raise ValueError(f"{who} expects data of shape (n, {num_features}), got {x.shape}.")
@@ -103,9 +107,23 @@ def check_values(ok: ArrayLike, message: str) -> None:
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Raises unless `value` is an integer, at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    """Raises unless `value` is an integer, Python's or NumPy's, at least `least`."""
+    if not is_integer(value) or value < least:
         raise ValueError(f"{name} must be an integer ≥ {least}, got {value!r}.")
+
+
+def is_integer(value: Any) -> bool:
+    """Whether `value` is an integer, Python's or NumPy's, and no boolean."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def check_key(key: Any) -> None:
+    """Raises unless `key` is one random key."""
+    typed = eqx.is_array(key) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    raw = eqx.is_array(key) and key.dtype == jnp.uint32 and key.shape == (2,)
+    if not (raw or (typed and key.shape == ())):
+        got = f"an array of shape {key.shape}" if eqx.is_array(key) else repr(key)[:60]
+        raise ValueError(f"key must be one random key, such as jax.random.key(0); got {got}.")
 
 
 def or_absent(fits: Array, sample_weight: Any) -> Array:

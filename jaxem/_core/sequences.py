@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 from numpy.typing import ArrayLike
 
-from jaxem._core.blocks import as_arrays
+from jaxem._core.conversion import as_arrays, without_masks
 from jaxem._core.checks import check_values
 
 
@@ -26,7 +26,7 @@ class Sequences(eqx.Module):
       its observations.
     - `lengths` (b,): how many steps of each sequence count; default: all t.
     - `observed` (b, t): False where a step was not observed. The state still moves on there, and
-      what `values` hold does not matter.
+      what `values` hold does not matter. Default: the steps that masked arrays do not mask.
     - `inputs` (b, t, p): covariates that drive the transition *into* each step.
 
     `Sequences.from_list` and `Sequences.split` make them from sequences of different lengths.
@@ -51,11 +51,13 @@ class Sequences(eqx.Module):
         observed: ArrayLike | None = None,
         inputs: ArrayLike | None = None,
     ):
+        values, unmasked = without_masks(values)
         self.values = as_arrays(values)
         b, t = _batch_shape(self.values)
         self.lengths = None if lengths is None else _checked_lengths(lengths, b, t)
+        observed = unmasked if observed is None else as_arrays(observed)
         self.observed = None if observed is None else jnp.asarray(observed)
-        self.inputs = None if inputs is None else jnp.asarray(inputs)
+        self.inputs = None if inputs is None else jnp.asarray(as_arrays(inputs))
         if self.observed is not None and (
             self.observed.shape != (b, t) or self.observed.dtype != jnp.bool_
         ):
@@ -102,7 +104,7 @@ class Sequences(eqx.Module):
                     f"{len(lengths)} sequences of lengths {lengths[:8]}…, got "
                     f"{[_length(part) for part in parts][:8]}…"
                 )
-            return jax.tree.map(lambda *leaves: jnp.asarray(_filled_up(leaves, steps)), *parts)
+            return jax.tree.map(lambda *leaves: _filled_up(leaves, steps), *parts)
 
         return cls(
             batch(values),
@@ -262,17 +264,24 @@ def _length(sequence: PyTree[Any]) -> int:
     return lengths.pop()
 
 
-def _filled_up(leaves: Sequence[Any], steps: int) -> np.ndarray:
+def _filled_up(leaves: Sequence[Any], steps: int) -> np.ma.MaskedArray:
     """Arrays (tᵢ, …) as one (b, steps, …), each repeating its last step behind its end."""
     shapes = {np.shape(leaf)[1:] for leaf in leaves}
     if len(shapes) > 1:
         raise ValueError(f"the steps of all sequences must have one shape, got {sorted(shapes)}.")
-    dtype = jnp.result_type(*(leaf.dtype for leaf in map(np.asarray, leaves)))
-    out = np.empty((len(leaves), steps, *shapes.pop()), dtype)
-    for row, leaf in zip(out, leaves, strict=True):
-        row[: len(leaf)] = leaf
-        row[len(leaf) :] = leaf[-1]
+    arrays = [np.ma.asanyarray(leaf) for leaf in map(_host, leaves)]
+    out = np.ma.empty(
+        (len(arrays), steps, *shapes.pop()), np.result_type(*(leaf.dtype for leaf in arrays))
+    )
+    for i, leaf in enumerate(arrays):
+        out[i, : len(leaf)] = leaf
+        out[i, len(leaf) :] = leaf[-1]
     return out
+
+
+def _host(leaf: Any) -> Any:
+    """A masked array as it is, all else as NumPy's."""
+    return leaf if isinstance(leaf, np.ma.MaskedArray) else np.asarray(leaf)
 
 
 def _rounded_up(steps: int) -> int:

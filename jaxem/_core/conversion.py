@@ -1,0 +1,169 @@
+"""What users hand over, as JAX arrays of the same values, or an error with the line to write.
+
+Arrays of JAX pass as they are. Arrays of other libraries are taken in JAX's dtypes; where those
+cannot hold the values, where entries are masked, and where there are no numbers, `ValueError` is
+raised.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.sparse import JAXSparse
+from jaxtyping import Array, PyTree
+
+# Rounding of a column, relative to its standard deviation, beyond which it is refused.
+_COARSE = 1e-3
+
+
+@runtime_checkable
+class _SupportsArray(Protocol):
+    """An array of another library."""
+
+    def __array__(self) -> Any: ...
+
+
+@runtime_checkable
+class _Sparse(Protocol):
+    """A sparse matrix."""
+
+    def toarray(self) -> Any: ...
+
+
+def as_arrays(data: PyTree[Any]) -> PyTree[Array]:
+    """Arrays of other libraries (NumPy, PyTorch, pandas, polars) as JAX's; the rest as it is.
+
+    **Raises:** `ValueError` for masked entries, sparse matrices, text, dates, objects that are no
+    numbers, and numbers that JAX's dtype does not hold.
+    """
+    return jax.tree.map(_as_array, data, is_leaf=lambda leaf: isinstance(leaf, JAXSparse))
+
+
+def _as_array(leaf: Any) -> Any:
+    if isinstance(leaf, jax.Array):
+        return leaf
+    if isinstance(leaf, JAXSparse):
+        raise ValueError(f"data are sparse ({type(leaf).__name__}): write data.todense().")
+    if not isinstance(leaf, _SupportsArray):
+        if isinstance(leaf, _Sparse):
+            raise ValueError(f"data are sparse ({type(leaf).__name__}): write data.toarray().")
+        return leaf
+    if isinstance(leaf, np.ma.MaskedArray):
+        if np.ma.is_masked(leaf):
+            raise ValueError(
+                f"data hold {int(np.ma.getmaskarray(leaf).sum())} masked entries, which a mask "
+                "alone does not take out: leave such observations away, as in "
+                "x[~np.ma.getmaskarray(x).any(axis=1)].data; sequences take masked steps as "
+                "unobserved, as jaxem.Sequences(x)."
+            )
+        leaf = leaf.data
+    array = np.asarray(leaf)
+    if array.dtype == object:
+        array = _numbers(array)
+    if array.dtype.kind not in "biufc":
+        what = {"U": "text", "S": "text", "T": "text", "M": "dates", "m": "durations"}
+        advice = (
+            "numbers stand in x.astype(float), codes of categories in "
+            "np.unique(x, return_inverse=True)[1]"
+            if array.dtype.kind in "UST"
+            else "write what they are as numbers, as in x.astype(float)"
+        )
+        raise ValueError(
+            f"data are {what.get(array.dtype.kind, 'no numbers')} (dtype {array.dtype}): {advice}."
+        )
+    return jnp.asarray(array.astype(_held(array), copy=False))
+
+
+def without_masks(values: PyTree[Any]) -> tuple[PyTree[Any], np.ndarray | None]:
+    """Values (b, t, …) without masks, and the steps (b, t) that were not masked, if some were.
+
+    **Raises:** `ValueError` for a step that is masked in part.
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(values) if np.ma.is_masked(leaf)]
+    if not leaves:
+        return values, None
+    masks = [
+        np.ma.getmaskarray(leaf) if isinstance(leaf, np.ma.MaskedArray) else np.zeros(leaf.shape)
+        for leaf in jax.tree.leaves(values)
+    ]
+    flat = np.concatenate([mask.reshape(*mask.shape[:2], -1) for mask in masks], axis=2) != 0
+    unobserved = flat.all(axis=2)
+    if np.any(flat.any(axis=2) & ~unobserved):
+        raise ValueError(
+            "values hold steps that are masked in part: mask all of a step, or nothing of it."
+        )
+
+    def one(leaf: Any) -> Any:
+        """Masked steps hold another step's values, which are possible ones."""
+        if not isinstance(leaf, np.ma.MaskedArray):
+            return leaf
+        mask = np.ma.getmaskarray(leaf)
+        typical = leaf.data[~mask][0] if not mask.all() else np.zeros((), leaf.dtype)
+        return np.where(mask, typical, leaf.data)
+
+    return jax.tree.map(one, values), ~unobserved
+
+
+def _numbers(array: np.ndarray) -> np.ndarray:
+    """The numbers in an array of objects, as columns of mixed or nullable types give one."""
+    kinds = (bool, int, float, np.bool_, np.integer, np.floating)
+    other = next((entry for entry in array.flat if not isinstance(entry, kinds)), None)
+    if array.size and (other is not None or any(entry is None for entry in array.flat)):
+        raise ValueError(
+            f"data hold an entry that is no number, {other!r} (dtype object): fill or drop missing "
+            "entries, and write codes for categories, as pandas.factorize gives; numbers stand in "
+            "x.astype(float)."
+        )
+    return np.array(array.tolist())
+
+
+def _held(array: np.ndarray) -> np.dtype:
+    """JAX's dtype for an array.
+
+    **Raises:** `ValueError` where it does not hold the values.
+    """
+    given = array.dtype.newbyteorder("=")
+    if array.dtype.kind == "f" and given.itemsize > 8:
+        given = np.dtype(float)
+    dtype = np.dtype(jax.dtypes.canonicalize_dtype(given))
+    if dtype == array.dtype or not array.size:
+        return dtype
+    wider = "" if jax.config.read("jax_enable_x64") else " (float64 may: jax_enable_x64)"
+    if array.dtype.kind in "iu":
+        least, most = array.min(), array.max()
+        limits = np.iinfo(dtype)
+        if least < limits.min or most > limits.max:
+            raise ValueError(
+                f"data hold integers from {least} to {most}, which {dtype} does not hold{wider}."
+            )
+    elif array.dtype.kind == "f":
+        _check_rounding(array, dtype, wider)
+    return dtype
+
+
+def _check_rounding(array: np.ndarray, dtype: np.dtype, wider: str) -> None:
+    """Raises `ValueError` where a floating dtype overflows, or rounds what makes a column vary."""
+    columns = array.reshape(-1, array.shape[-1] if array.ndim > 1 else 1)
+    finite = np.isfinite(columns)
+    columns = np.where(finite, columns, 0)
+    with np.errstate(over="ignore"):
+        rounded = columns.astype(dtype)
+    if not np.all(np.isfinite(rounded)):
+        raise ValueError(
+            f"data hold numbers up to {np.abs(columns).max():.3g}, which {dtype} does not "
+            f"hold{wider}."
+        )
+    count = np.maximum(np.sum(finite, axis=0), 1)
+    deviations = np.where(finite, columns - np.sum(columns, axis=0) / count, 0)
+    spread = np.sqrt(np.sum(deviations**2, axis=0) / count)
+    lost = np.max(np.abs(rounded - columns), axis=0)
+    coarse = np.flatnonzero((lost > _COARSE * spread) & (spread > 0))
+    if len(coarse):
+        column = coarse[0]
+        raise ValueError(
+            f"column {column} of the data varies by {spread[column]:.3g}, and {dtype} rounds its "
+            f"numbers by up to {lost[column]:.3g}: subtract a typical value first{wider}."
+        )
