@@ -115,6 +115,7 @@ def record(
         print(f"  {name:<44} {_text(row)}", flush=True)
     if TINY:
         return
+    device = jax.devices()[0]
     line = {
         "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "section": section,
@@ -124,7 +125,7 @@ def record(
         **commit(),
         "jaxem": jaxem.__version__,
         "versions": {name: version(name) for name in PACKAGES},
-        "device": f"{jax.devices()[0].device_kind} on {processor()}",
+        "device": processor() if device.platform == "cpu" else device.device_kind,
         "threads": threads(),
         **(more or {}),
     }

@@ -58,8 +58,8 @@ def hmmlearn(
                 setattr(model, name, value.copy())
             model.fit(x, lengths)
 
-    return pinned("hmmlearn, default (log)", functools.partial(run, "log")) | pinned(
-        "hmmlearn, scaling", functools.partial(run, "scaling")
+    return pinned("hmmlearn", functools.partial(run, "log")) | pinned(
+        "hmmlearn with scaling", functools.partial(run, "scaling")
     )
 
 

@@ -1,7 +1,7 @@
 """The tables of README.md and benchmarks/README.md, from the latest records.
 
-`python -m benchmarks.tables` prints them; `--write` puts them into the two files, between the
-comments that mark their places. Every number is that of the latest record of its job.
+`python -m benchmarks.tables` prints them; `--write` puts them into the two files, in place of the
+section of their heading. Every number is that of the latest record of its job.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def cells(*found: Record, peers: tuple[str, ...] = ()) -> tuple[str, str]:
     """Our times, and how many times as long each peer took; one number for each record."""
     ours = ", ".join(two(next(iter(times(one).values()))["median_s"]) for one in found) + " s"
     theirs = [f"{p} {', '.join(two(times(one)[p]['ratio']) for one in found)}" for p in peers]
-    return ours, ", ".join(theirs)
+    return ours, "; ".join(theirs)
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
@@ -84,54 +84,54 @@ def origin(found: list[Record]) -> str:
 
 
 def speed() -> list[str]:
-    kinds = ("tied", "diagonal", "spherical")
-    full, full_far = (record("mixtures", "covariances", f"full, {at}") for at in ("close", "far"))
-    close, far = (
+    kinds = ("full", "tied", "diagonal", "spherical")
+    (full, *close), (full_far, *far) = (
         [record("mixtures", "covariances", f"{kind}, {at}") for kind in kinds]
         for at in ("close", "far")
     )
     lloyd, starts = record("mixtures", "kmeans"), record("mixtures", "restarts")
-    chain, symbols = record("hmm", "gaussian"), record("hmm", "categorical")
-    implicit, influence = record("gradients", "implicit"), record("gradients", "influence")
+    chain, implicit = record("hmm", "gaussian"), record("gradients", "implicit")
     medians = record("variants", "acceleration", "medians")
-    sklearn, hmms = ("scikit-learn",), ("dynamax", "hmmlearn, scaling")
-    gmms = ("scikit-learn", "gmmx", "pomegranate")
-    each = starts["results"]["scikit-learn per restart / ours"]
-    share = implicit["results"]["gradient alone / fit"]
+    sklearn, loop = "scikit-learn", "one after another, jit(fit)"
+    others = ", ".join(kinds[1:])
+    seconds, theirs = cells(starts, peers=(loop,))
+    each = two(starts["results"]["scikit-learn per restart / ours"])
+    restarts = f"{starts['setting'].partition(' steps')[0]} steps of restarts, {sizes(starts)}"
     steps = implicit["results"]["steps of the fit"]
-    of_fit = times(influence)["influence of every observation"]["ratio"]
+    share = two(implicit["results"]["gradient alone / fit"])
     fewer = [
         two(medians["results"][f"{name}, times fewer E-steps"]) for name in ("SQUAREM", "Anderson")
     ]
-    loop = ("one after another, jit(fit)",)
-    ours, theirs = cells(starts, peers=loop)
-    named = ", ".join(kinds)
     rows = [
-        (f"10 steps, full covariances, {sizes(full)}, close", *cells(full, peers=gmms)),
-        ("the same, far", *cells(full_far, peers=gmms)),
-        (f"the same, {named}, close", *cells(*close, peers=sklearn)),
-        (f"the same, {named}, far", *cells(*far, peers=sklearn)),
-        ("k-means, 10 steps on as many data", *cells(lloyd, peers=sklearn)),
         (
-            f"{starts['setting'].partition(',')[0]} of restarts, {sizes(starts)}",
-            ours,
-            f"{theirs.replace(loop[0], 'a loop over `jit(fit)`')}, scikit-learn {two(each)}",
+            f"10 steps, full covariances, {sizes(full)}, close, far",
+            *cells(full, full_far, peers=(sklearn, "gmmx", "pomegranate")),
         ),
-        (f"HMM, Gaussian, 10 steps, {sizes(chain)}", *cells(chain, peers=hmms)),
-        (f"HMM, categorical, 10 steps, {sizes(symbols)}", *cells(symbols, peers=hmms[1:])),
-        (f"implicit gradient of a fit of {steps:,} steps", f"{two(share)} of the fit", ""),
+        (f"the same, {others}, close", *cells(*close, peers=(sklearn,))),
+        (f"the same, {others}, far", *cells(*far, peers=(sklearn,))),
+        ("k-means, 10 steps on as many data", *cells(lloyd, peers=(sklearn,))),
         (
-            f"influence of each of {influence['shapes']['N']:,} observations",
-            f"{two(of_fit)} of the fit",
+            restarts,
+            seconds,
+            f"{theirs.replace(loop, 'a loop over jit(fit)')}; {sklearn} {each}, per start",
+        ),
+        (
+            f"HMM, Gaussian, 10 steps, {sizes(chain)}",
+            *cells(chain, peers=("dynamax", "hmmlearn with scaling")),
+        ),
+        (f"implicit gradient of a fit of {steps:,} steps", f"{share} of the fit", ""),
+        (
+            f"SQUAREM, Anderson: {medians['shapes']['problems']} slow problems",
+            f"{', '.join(fewer)} × fewer E-steps than EM",
             "",
         ),
-        ("SQUAREM, Anderson: slow problems", f"{', '.join(fewer)} × fewer E-steps than EM", ""),
     ]
-    used = [full, full_far, *close, *far, lloyd, starts, chain, symbols, implicit, medians]
+    used = [full, full_far, *close, *far, lloyd, starts, chain, implicit, medians]
     return [
-        f"Medians in float32 without compilation ({origin(used)};",
-        "[all records](benchmarks/README.md)). Clusters are 3 standard deviations apart (close) or",
-        "300 (far), which forbids the cheaper form of the density; peers: times as long.",
+        f"Medians of {origin(used)}, "
+        "float32, without compilation ([records](benchmarks/README.md)).",
+        '"Far" clusters (300 standard deviations, not 3) forbid the cheaper form; peers: times as '
+        "long.",
         "",
         *table(("job", "jaxem", "peers"), rows),
     ]
@@ -141,7 +141,11 @@ def speed() -> list[str]:
 
 
 def everything() -> list[str]:
-    lines: list[str] = []
+    lines = [
+        "A median is that of the first contender. The last column has the others, in times as "
+        "long, and numbers.",
+        "",
+    ]
     for benchmark in BENCHMARKS:
         found = records(benchmark)
         if not found:
@@ -187,26 +191,27 @@ def before_after(found: list[Record]) -> list[str]:
     return [f"Old: {', '.join(olds)}.", "", *table(head, rows), "", *sums]
 
 
-def put(page: str, lines: list[str]) -> None:
+def put(page: str, heading: str, lines: list[str]) -> None:
+    """Replaces the section of a heading."""
     file = ROOT / page
     text = file.read_text(encoding="utf-8")
-    begin, end = "<!-- python -m benchmarks.tables --write -->\n", "<!-- end of the tables -->"
-    if text.count(begin) != 1 or text.count(end) != 1:
-        sys.exit(f"{page} has no place for its tables")
-    before, _, rest = text.partition(begin)
-    after = rest.partition(end)[2]
-    file.write_text(before + begin + "\n".join(lines) + "\n" + end + after, encoding="utf-8")
+    found = re.search(rf"^## {heading}\n.*?(?=^## |\Z)", text, re.M | re.S)
+    if found is None:
+        sys.exit(f"{page} has no section {heading}")
+    section = "\n".join([f"## {heading}", "", *lines, ""])
+    rest = text[found.end() :]
+    file.write_text(text[: found.start()] + section + "\n" * bool(rest) + rest, encoding="utf-8")
 
 
 def main() -> None:
     if unknown := set(sys.argv[1:]) - {"--write"}:
         sys.exit(f"unknown {sorted(unknown)}; there is --write")
-    pages = {"README.md": speed(), "benchmarks/README.md": everything()}
-    for page, lines in pages.items():
+    pages = [("README.md", "Speed", speed()), ("benchmarks/README.md", "Records", everything())]
+    for page, heading, lines in pages:
         if "--write" in sys.argv:
-            put(page, lines)
+            put(page, heading, lines)
         else:
-            print(f"{page}\n", *lines, "", sep="\n")
+            print(f"{page}: {heading}\n", *lines, "", sep="\n")
 
 
 if __name__ == "__main__":
