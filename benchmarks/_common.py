@@ -1,4 +1,8 @@
-"""What every benchmark needs: interleaved timing, and a record that says where it ran."""
+"""What every benchmark needs: interleaved timing, pinned peers, records that say where they ran.
+
+A section is a generator of `(setting, shapes, rows)`, each of which `main` prints and appends to
+`results/BENCHMARK.jsonl`. A row is a time (from `interleave`) or a number.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +17,22 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
+from threadpoolctl import threadpool_limits
 
 import jaxem
 
-RESULTS = pathlib.Path(__file__).parent / "results"
+ROOT = pathlib.Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = (
     "jax",
     "jaxlib",
     "equinox",
     "lineax",
+    "optax",
     "numpy",
     "scikit-learn",
     "gmmx",
@@ -35,6 +41,16 @@ PACKAGES = (
     "hmmlearn",
     "dynamax",
 )
+TINY = "--tiny" in sys.argv
+Section = Callable[[], Iterator[tuple[str, dict[str, int], dict[str, Any]]]]
+
+
+def size(full: Any, tiny: Any) -> Any:
+    """A size, or that of a trial with `--tiny`, which records nothing."""
+    return tiny if TINY else full
+
+
+# Time
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -44,66 +60,102 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def interleave(contenders: dict[str, Callable[[], Any]], runs: int = 7) -> dict[str, Any]:
-    """First call of each, then the median over interleaved runs, and ratios to the first one."""
+    """First call of each, then medians over interleaved runs, and median ratios to the first."""
     first = {name: seconds(run) for name, run in contenders.items()}
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(runs):
+    for _ in range(size(runs, 1)):
         for name, run in contenders.items():
             seconds(run)  # not counted: caches warm, and the threads of whoever ran before at rest
             times[name].append(seconds(run))
-    ours = next(iter(times))
-    ratios = {
-        name: statistics.median(t / o for t, o in zip(times[name], times[ours], strict=True))
-        for name in times
-    }
+    ours = next(iter(times.values()))
     return {
-        name: {
-            "median_s": statistics.median(times[name]),
-            "min_s": min(times[name]),
-            "max_s": max(times[name]),
-            "first_call_s": first[name],
-            "times_ours": ratios[name],
-        }
-        for name in contenders
+        name: timed(own, first[name])
+        | {"ratio": statistics.median(t / o for t, o in zip(own, ours, strict=True))}
+        for name, own in times.items()
     }
 
 
-def record(benchmark: str, section: str, setting: str, results: dict[str, Any]) -> None:
-    print(f"\n{section}: {setting}")
-    for name, row in results.items():
-        if isinstance(row, dict):
-            print(
-                f"  {name:<34} median {row['median_s']:8.4f} s  [{row['min_s']:.4f}, "
-                f"{row['max_s']:.4f}]  {row['times_ours']:6.2f} × ours  "
-                f"(first call {row['first_call_s']:.2f} s)"
-            )
-        else:
-            print(f"  {name:<34} {row}")
-    versions = {name: version(name) for name in PACKAGES}
+def timed(times: list[float], first: float) -> dict[str, float]:
+    return {
+        "median_s": statistics.median(times),
+        "min_s": min(times),
+        "max_s": max(times),
+        "first_call_s": first,
+    }
+
+
+def pinned(name: str, run: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
+    """A peer with the number of BLAS and OpenMP threads, 1 or all, that is faster here."""
+
+    def limited(count: int) -> Any:
+        with threadpool_limits(count):
+            return run()
+
+    def best(count: int) -> float:
+        return min(seconds(functools.partial(limited, count)) for _ in range(2))
+
+    count = min({1, threads()}, key=best)
+    return {f"{name} ({count} threads)": functools.partial(limited, count)}
+
+
+# Records
+
+
+def record(
+    benchmark: str,
+    section: str,
+    setting: str,
+    shapes: dict[str, int],
+    rows: dict[str, Any],
+    more: dict[str, Any] | None = None,
+) -> None:
+    sizes = " ".join(f"{name}={count:,}" for name, count in shapes.items())
+    print(f"\n{section}: {setting}; {sizes}")
+    for name, row in rows.items():
+        print(f"  {name:<44} {_text(row)}", flush=True)
+    if TINY:
+        return
+    device = jax.devices()[0]
     line = {
         "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "section": section,
         "setting": setting,
-        "results": results,
-        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}",
-        "versions": versions,
-        "package": package(),
+        "shapes": shapes,
+        "results": rows,
+        **commit(),
+        "jaxem": jaxem.__version__,
+        "versions": {name: version(name) for name in PACKAGES},
+        "device": processor() if device.platform == "cpu" else device.device_kind,
+        "threads": threads(),
+        **(more or {}),
     }
     RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / f"{benchmark}.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    with (RESULTS / f"{benchmark}.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _text(row: Any) -> str:
+    if not isinstance(row, dict):
+        return f"{row:.4g}" if isinstance(row, float) else str(row)
+    return (
+        f"median {row['median_s']:9.5f} s  [{row['min_s']:.5f}, {row['max_s']:.5f}]  "
+        f"ratio {row['ratio']:6.2f}  (first call {row['first_call_s']:.2f} s)"
+    )
 
 
 @functools.cache
-def package() -> str | None:
-    """Git's hash of the folder `jaxem` that was measured, with `+` if it was changed since."""
-    root = pathlib.Path(__file__).parent.parent
-    git = ["git", "-C", str(root)]
-    found = subprocess.run(
-        [*git, "rev-parse", "--short", "HEAD:jaxem"], capture_output=True, text=True
-    )
-    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "jaxem"], capture_output=True)
-    return None if found.returncode else found.stdout.strip() + "+" * bool(changed.returncode)
+def commit() -> dict[str, Any]:
+    """The commit that was measured, and whether package or benchmarks had changed since."""
+    if ROOT not in pathlib.Path(jaxem.__file__).parents:
+        sys.exit(f"jaxem is imported from {jaxem.__file__}; run benchmarks in {ROOT}")
+    places = ("jaxem", "benchmarks", ":!benchmarks/results")
+    changes = git("status", "--porcelain", "--", *places)
+    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changes)}
+
+
+def git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def version(name: str) -> str | None:
@@ -113,28 +165,24 @@ def version(name: str) -> str | None:
         return None
 
 
-def data(n: int, d: int, k: int, spread: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Unit clusters in float32, and means to start from."""
-    rng = np.random.default_rng(seed)
-    centres = spread * rng.normal(size=(k, d))
-    x = centres[rng.integers(k, size=n)] + rng.normal(size=(n, d))
-    return x.astype(np.float32), (centres + 0.3 * rng.normal(size=(k, d))).astype(np.float32)
+def threads() -> int:
+    """Processors that this process may use; XLA takes them all."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def jaxem_mixture(kind: str, means: np.ndarray) -> jaxem.Mixture:
-    k, d = means.shape
-    eye, one = np.eye(d, dtype=np.float32), np.float32(1)
-    components = {
-        "full": lambda: jaxem.emissions.Gaussian(means, np.broadcast_to(eye, (k, d, d))),
-        "tied": lambda: jaxem.emissions.TiedGaussian(means, eye),
-        "diag": lambda: jaxem.emissions.DiagonalGaussian(means, np.ones((k, d), np.float32)),
-        "spherical": lambda: jaxem.emissions.SphericalGaussian(means, np.ones(k, np.float32)),
-    }[kind]()
-    return jaxem.Mixture(np.full(k, one / k, np.float32), components)
+def processor() -> str:
+    info = pathlib.Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
-# For programs of their own: this program's peak memory so far, in MB. Linux only; getrusage would
-# remember the process that it was forked from.
+# Programs of their own
+
+# This program's peak memory so far, in MB. Linux only; getrusage would remember the process that
+# it was forked from.
 PEAK = """
 def peak():
     with open("/proc/self/status") as file:
@@ -143,17 +191,20 @@ def peak():
 
 
 def python(program: str) -> list[float]:
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    """The numbers that a program prints."""
+    command = [sys.executable, "-c", program, *["--tiny"] * TINY]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
     return [float(word) for word in done.stdout.split()]
 
 
-def main(sections: dict[str, Callable[[], None]]) -> None:
-    """Runs the sections named on the command line, or all."""
-    chosen = sys.argv[1:] or list(sections)
-    unknown = set(chosen) - set(sections)
-    if unknown:
-        sys.exit(f"unknown section {sorted(unknown)}; there are {list(sections)}")
+def main(benchmark: str, *sections: Section) -> None:
+    """Runs the sections that the command line names, or all."""
+    known = {section.__name__: section for section in sections}
+    chosen = [word for word in sys.argv[1:] if word != "--tiny"] or list(known)
+    if unknown := set(chosen) - set(known):
+        sys.exit(f"unknown section {sorted(unknown)}; there are {list(known)}, and --tiny")
     for name in chosen:
-        sections[name]()
+        for setting, shapes, rows in known[name]():
+            record(benchmark, name, setting, shapes, rows)

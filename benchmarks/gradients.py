@@ -1,24 +1,23 @@
-"""Derivatives of fits: `python -m benchmarks.gradients [section …]`.
+"""Derivatives of fits: `python -m benchmarks.gradients [section …] [--tiny]`.
 
 Sections: implicit, unrolled, influence, memory (default: all). The cost of the implicit gradient is
 given in E-steps and as a share of the fit that it differentiates; the products with the Jacobian
-that its Krylov solver makes are counted by it. Results are appended to
-benchmarks/results/gradients.jsonl.
+that its Krylov solver makes are counted by it.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 import jaxem
-from benchmarks._common import PEAK, data, interleave, jaxem_mixture, main, python
-from benchmarks._common import record as _record
+from benchmarks._common import PEAK, interleave, main, python, size
+from benchmarks._data import data, jaxem_mixture
 
-record = functools.partial(_record, "gradients")
 products: list[int] = []
 
 
@@ -45,8 +44,8 @@ def after_fit(
     return jnp.sum(jaxem.fit(model, x, **options).model.components.mean ** 2)
 
 
-def implicit() -> None:
-    n, d, k = 20_000, 8, 8
+def implicit() -> Iterator[Any]:
+    n, d, k = size(20_000, 1_000), 8, 8
     start, x = overlapping(n, d, k)
     sample_weight = jnp.ones(n, x.dtype)
     fit = jax.jit(lambda m: jaxem.fit(m, x, sample_weight=sample_weight, max_steps=3000))
@@ -85,15 +84,15 @@ def implicit() -> None:
     results: dict[str, Any] = {
         "steps of the fit": int(solution.num_steps),
         "products with the Jacobian": krylov,
-        "gradient alone, in E-steps": round(cost / one, 1),
+        "gradient alone, in E-steps": cost / one,
         "bar: (products + 3) × 4 E-steps": (krylov + 3) * 4,
-        "gradient alone / fit": round(cost / rows["fit"]["median_s"], 3),
+        "gradient alone / fit": cost / rows["fit"]["median_s"],
     }
-    record("implicit", f"full, N={n} D={d} K={k}, float32", results | rows)
+    yield "full, float32", {"N": n, "D": d, "K": k}, rows | results
 
 
-def unrolled() -> None:
-    n, d, k, steps = 2_000, 2, 3, 1_000
+def unrolled() -> Iterator[Any]:
+    n, d, k, steps = 2_000, 2, 3, size(1_000, 100)
     start, x = overlapping(n, d, k, spread=4.0)  # converged long before: the two agree
     sample_weight = jnp.ones(n, x.dtype)
 
@@ -115,11 +114,11 @@ def unrolled() -> None:
     )
     (_, a), (_, b) = (run(sample_weight) for run in contenders.values())
     rows["largest difference, relative"] = float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)))
-    record("unrolled", f"full, N={n} D={d} K={k}, {steps} steps, float32", rows)
+    yield f"full, {steps} steps, float32", {"N": n, "D": d, "K": k}, rows
 
 
-def influence() -> None:
-    n, d, k = 100_000, 4, 4
+def influence() -> Iterator[Any]:
+    n, d, k = size(100_000, 1_000), 4, 4
     start, x = overlapping(n, d, k)
     fit = jax.jit(lambda m: jaxem.fit(m, x, max_steps=3000))
     solution = fit(start)
@@ -127,8 +126,7 @@ def influence() -> None:
     def first_mean(model: jaxem.Mixture) -> jax.Array:
         return model.components.mean[0, 0]  # pyright: ignore[reportAttributeAccessIssue]
 
-    rows: dict[str, Any] = {"steps of the fit": int(solution.num_steps)}
-    rows |= interleave(
+    rows = interleave(
         {
             "fit": lambda: fit(start),
             "influence of every observation": lambda: jaxem.inference.influence(
@@ -136,14 +134,16 @@ def influence() -> None:
             ),
         }
     )
-    record("influence", f"full, N={n} D={d} K={k}, float32", rows)
+    rows["steps of the fit"] = int(solution.num_steps)
+    yield "full, float32", {"N": n, "D": d, "K": k}, rows
 
 
 MEMORY = f"""
 {PEAK}
 import jax, jax.numpy as jnp, jaxem
+from benchmarks._common import size
 from benchmarks.gradients import after_fit, overlapping
-n, d, k = 100_000, 32, 64
+n, d, k = size(100_000, 2_000), 32, size(64, 4)
 model, x = overlapping(n, d, k)
 sample_weight = jnp.ones(n, x.dtype)
 adjoint = jaxem.em.Implicit(jaxem.em.GCR(max_steps=10), throw=False)  # memory, not accuracy
@@ -152,13 +152,14 @@ gradient = gradient.lower(x, sample_weight).compile()
 before = peak()
 jax.block_until_ready(gradient(x, sample_weight))
 statistics = k * (3 + d + d * d)
-print(peak() - before, before, 2 * jaxem.em.GCR().basis * statistics * 4 / 2**20)
+print(peak() - before, before, 2 * jaxem.em.GCR().basis * statistics * 4 / 2**20, n, k)
 """
 
 STEPS = """
-import jax, jax.numpy as jnp, jaxem, sys
+import jax, jax.numpy as jnp, jaxem
+from benchmarks._common import size
 from benchmarks.gradients import overlapping
-model, x = overlapping(20_000, 8, 8)
+model, x = overlapping(size(20_000, 1_000), 8, 8)
 sample_weight = jnp.ones(len(x), x.dtype)
 for adjoint in (jaxem.em.Implicit(), jaxem.em.Unrolled()):
     for steps in (100, 10_000):
@@ -169,8 +170,8 @@ for adjoint in (jaxem.em.Implicit(), jaxem.em.Unrolled()):
 """
 
 
-def memory() -> None:
-    extra, before, basis = python(MEMORY)
+def memory() -> Iterator[Any]:
+    extra, before, basis, n, k = python(MEMORY)
     names = ("implicit, 100 steps", "implicit, 10,000 steps")
     names += ("unrolled, 100 steps", "unrolled, 10,000 steps")
     rows: dict[str, Any] = {
@@ -179,10 +180,9 @@ def memory() -> None:
         "before, MB": round(before, 1),
     }
     rows |= {f"buffers, {n}, MB": round(v, 2) for n, v in zip(names, python(STEPS), strict=True)}
-    record("memory", "gradient by data and weights; full, N=100,000 D=32 K=64, float32", rows)
+    shapes = {"N": int(n), "D": 32, "K": int(k)}
+    yield "gradient by data and weights, full, float32", shapes, rows
 
-
-SECTIONS = {"implicit": implicit, "unrolled": unrolled, "influence": influence, "memory": memory}
 
 if __name__ == "__main__":
-    main(SECTIONS)
+    main("gradients", implicit, unrolled, influence, memory)

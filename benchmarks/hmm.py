@@ -1,15 +1,15 @@
-"""Hidden Markov models: `python -m benchmarks.hmm [section …]`.
+"""Hidden Markov models: `python -m benchmarks.hmm [section …] [--tiny]`.
 
 Sections: gaussian, ragged, categorical, states, memory, parallel (default: all). Ten EM steps from
 the same start for each contender, compilation apart. hmmlearn runs in float64, the only dtype it
-has, with its default log-space recursions and with its scaled ones. Results are appended to
-benchmarks/results/hmm.jsonl.
+has, with its default log-space recursions and with its scaled ones.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,41 +18,11 @@ import numpy as np
 from jax import lax
 
 import jaxem
-from benchmarks._common import PEAK, interleave, main, python
-from benchmarks._common import record as _record
+from benchmarks._common import PEAK, interleave, main, pinned, python, size
+from benchmarks._data import clusters, gaussian_hmm, path, sticky
 from jaxem.latents import chain
 
-record = functools.partial(_record, "hmm")
 STEPS = 10
-
-
-def sticky(k: int, stay: float = 0.9) -> np.ndarray:
-    matrix = np.full((k, k), (1 - stay) / (k - 1))
-    np.fill_diagonal(matrix, stay)
-    return matrix.astype(np.float32)
-
-
-def path(rng: np.random.Generator, matrix: np.ndarray, t: int) -> np.ndarray:
-    """States of a chain, by inversion of the cumulated rows."""
-    cumulated, draws = np.cumsum(matrix, axis=1), rng.random(t)
-    z = np.zeros(t, int)
-    for now in range(1, t):
-        z[now] = min(np.searchsorted(cumulated[z[now - 1]], draws[now]), len(matrix) - 1)
-    return z
-
-
-def clusters(t: int, d: int, k: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A Gaussian chain in float32, its transition matrix, and means to start from."""
-    rng = np.random.default_rng(seed)
-    matrix, centres = sticky(k), 2 * rng.normal(size=(k, d))
-    x = centres[path(rng, matrix, t)] + rng.normal(size=(t, d))
-    return x.astype(np.float32), matrix, (centres + 0.3).astype(np.float32)
-
-
-def gaussian_hmm(matrix: np.ndarray, means: np.ndarray) -> jaxem.HMM:
-    k, d = means.shape
-    eye = np.broadcast_to(np.eye(d, dtype=np.float32), (k, d, d))
-    return jaxem.HMM(np.full(k, 1 / k, np.float32), matrix, jaxem.emissions.Gaussian(means, eye))
 
 
 def ten_steps(data: Any) -> Any:
@@ -61,24 +31,43 @@ def ten_steps(data: Any) -> Any:
     )
 
 
-def hmmlearn_steps(kind: str, start: dict[str, Any], x: Any, lengths: Any, **options: Any) -> Any:
+def hmmlearn(
+    kind: str, matrix: np.ndarray, start: dict[str, Any], x: Any, lengths: Any, **options: Any
+) -> dict[str, Callable[[], Any]]:
+    """hmmlearn with both of its recursions, from the same start as ours."""
     from hmmlearn import hmm  # a peer, not a dependency
 
-    def run() -> None:
+    k = len(matrix)
+    start = start | {
+        "startprob_": np.full(k, 1 / k),
+        "transmat_": matrix.astype(float) / matrix.sum(1, keepdims=True, dtype=float),
+    }
+
+    def run(implementation: str) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = getattr(hmm, kind)(
-                len(start["startprob_"]),
+                k,
                 n_iter=STEPS,
                 tol=-np.inf,
                 init_params="",
+                implementation=implementation,
                 **options,
             )
             for name, value in start.items():
                 setattr(model, name, value.copy())
             model.fit(x, lengths)
 
-    return run
+    return pinned("hmmlearn", functools.partial(run, "log")) | pinned(
+        "hmmlearn with scaling", functools.partial(run, "scaling")
+    )
+
+
+def gaussian_hmmlearn(matrix: np.ndarray, means: np.ndarray, x: Any, lengths: Any = None) -> Any:
+    k, d = means.shape
+    start = {"means_": means.astype(float), "covars_": np.broadcast_to(np.eye(d), (k, d, d))}
+    options: dict[str, Any] = dict(params="stmc", covariance_type="full", covars_prior=0)
+    return hmmlearn("GaussianHMM", matrix, start, x.astype(float), lengths, **options)
 
 
 def dynamax_steps(model: Any, params: Any, props: Any, x: jax.Array) -> Any:
@@ -98,21 +87,11 @@ def dynamax_steps(model: Any, params: Any, props: Any, x: jax.Array) -> Any:
     return run
 
 
-def gaussian() -> None:
+def gaussian() -> Iterator[Any]:
     from dynamax.hidden_markov_model import GaussianHMM  # a peer, not a dependency
 
-    t, d, k = 100_000, 4, 8
+    t, d, k = size(100_000, 2_000), 4, 8
     x, matrix, means = clusters(t, d, k)
-    start = {
-        "startprob_": np.full(k, 1 / k),
-        "transmat_": matrix.astype(float) / matrix.sum(1, keepdims=True, dtype=float),
-        "means_": means.astype(float),
-        "covars_": np.broadcast_to(np.eye(d), (k, d, d)),
-    }
-    full: dict[str, Any] = {"covariance_type": "full", "covars_prior": 0}
-    peer = functools.partial(
-        hmmlearn_steps, "GaussianHMM", start, x.astype(float), None, params="stmc", **full
-    )
     model = GaussianHMM(k, d)
     params, props = model.initialize(
         jax.random.key(0),
@@ -121,88 +100,52 @@ def gaussian() -> None:
         emission_means=jnp.asarray(means),
         emission_covariances=jnp.broadcast_to(jnp.eye(d), (k, d, d)),
     )
-    ours = ten_steps(jnp.asarray(x)[None])
-    first = gaussian_hmm(matrix, means)
+    one = jnp.asarray(x)[None]
+    ours, first = ten_steps(one), gaussian_hmm(matrix, means)
     rows = interleave(
         {
             "jaxem": lambda: ours(first),
-            "dynamax": dynamax_steps(model, params, props, jnp.asarray(x)[None]),
-            "hmmlearn, default (log)": peer(),
-            "hmmlearn, scaling": peer(implementation="scaling"),
+            "dynamax": dynamax_steps(model, params, props, one),
+            **gaussian_hmmlearn(matrix, means, x),
         },
         runs=5,
     )
-    record("gaussian", f"full, T={t} D={d} K={k}, {STEPS} EM steps, float32", rows)
+    yield f"Gaussian, full, {STEPS} EM steps, float32", {"T": t, "D": d, "K": k}, rows
 
 
-def ragged() -> None:
-    d, k, b = 4, 16, 1_000
+def ragged() -> Iterator[Any]:
+    d, k, b = 4, 16, size(1_000, 10)
     lengths = np.random.default_rng(1).integers(50, 501, b)
-    x, matrix, means = clusters(int(lengths.sum()), d, k)
-    start = {
-        "startprob_": np.full(k, 1 / k),
-        "transmat_": matrix.astype(float) / matrix.sum(1, keepdims=True, dtype=float),
-        "means_": means.astype(float),
-        "covars_": np.broadcast_to(np.eye(d), (k, d, d)),
-    }
-    peer = functools.partial(
-        hmmlearn_steps,
-        "GaussianHMM",
-        start,
-        x.astype(float),
-        lengths,
-        params="stmc",
-        covariance_type="full",
-        covars_prior=0,
-    )
+    t = int(lengths.sum())
+    x, matrix, means = clusters(t, d, k)
     ours, first = ten_steps(jaxem.Sequences.split(x, lengths)), gaussian_hmm(matrix, means)
-    rows = interleave(
-        {
-            "jaxem": lambda: ours(first),
-            "hmmlearn, default (log)": peer(),
-            "hmmlearn, scaling": peer(implementation="scaling"),
-        },
-        runs=3,
-    )
-    setting = (
-        f"full, {b} sequences of 50–500 steps ({lengths.sum()}), D={d} K={k}, {STEPS} EM steps"
-    )
-    record("ragged", setting, rows)
+    peers = gaussian_hmmlearn(matrix, means, x, lengths)
+    rows = interleave({"jaxem": lambda: ours(first), **peers}, runs=3)
+    setting = f"Gaussian, full, sequences of 50–500 steps, {STEPS} EM steps, float32"
+    yield setting, {"B": b, "T": t, "D": d, "K": k}, rows
 
 
-def categorical() -> None:
-    t, m, k = 100_000, 100, 8
+def categorical() -> Iterator[Any]:
+    t, m, k = size(100_000, 2_000), 100, 8
     rng = np.random.default_rng(0)
     matrix, symbols = sticky(k), rng.dirichlet(np.full(m, 0.3), k).astype(np.float32)
     cumulated = np.cumsum(symbols, axis=1)[path(rng, matrix, t)]
     x = np.minimum((cumulated < rng.random((t, 1))).sum(axis=1), m - 1)
     begin = 0.5 * symbols + 0.5 / m
     begin = (begin / begin.sum(1, keepdims=True)).astype(np.float32)
-    start = {
-        "startprob_": np.full(k, 1 / k),
-        "transmat_": matrix.astype(float) / matrix.sum(1, keepdims=True, dtype=float),
-        "emissionprob_": begin.astype(float) / begin.sum(1, keepdims=True, dtype=float),
-    }
+    start = {"emissionprob_": begin.astype(float) / begin.sum(1, keepdims=True, dtype=float)}
     emission = jaxem.emissions.Categorical(begin[:, None, :])
     first = jaxem.HMM(np.full(k, 1 / k, np.float32), matrix, emission)
     ours = ten_steps(jnp.asarray(x, jnp.int32)[None, :, None])
-    peer = functools.partial(
-        hmmlearn_steps, "CategoricalHMM", start, x[:, None], None, params="ste", n_features=m
-    )
-    rows = interleave(
-        {
-            "jaxem": lambda: ours(first),
-            "hmmlearn, default (log)": peer(),
-            "hmmlearn, scaling": peer(implementation="scaling"),
-        },
-        runs=5,
-    )
-    record("categorical", f"T={t} K={k}, {m} symbols, {STEPS} EM steps, float32", rows)
+    options: dict[str, Any] = dict(params="ste", n_features=m)
+    peers = hmmlearn("CategoricalHMM", matrix, start, x[:, None], None, **options)
+    rows = interleave({"jaxem": lambda: ours(first), **peers}, runs=5)
+    yield f"categorical, {STEPS} EM steps, float32", {"T": t, "M": m, "K": k}, rows
 
 
-def states() -> None:
+def states() -> Iterator[Any]:
     """Forward–backward over many states against the products that it cannot do without."""
-    t, k = 10_000, 256
+    t, k = size(10_000, 200), 256
     rng = np.random.default_rng(0)
     matrix = jnp.asarray(rng.dirichlet(np.ones(k), k), jnp.float32)
     log_b = jnp.asarray(3 * rng.normal(size=(t, k)), jnp.float32)
@@ -233,34 +176,35 @@ def states() -> None:
             "2 T products with the matrix, 1 product": lambda: products(matrix, jnp.exp(log_b)),
         }
     )
-    record("states", f"T={t} K={k}, float32", rows)
+    yield "forward–backward, float32", {"T": t, "K": k}, rows
 
 
 MEMORY = f"""
 {PEAK}
-import numpy as np, jax, jax.numpy as jnp, jaxem
-from benchmarks.hmm import gaussian_hmm, sticky
-t, d, k = 1_000_000, 4, 8
+import numpy as np, jax, jax.numpy as jnp
+from benchmarks._common import size
+from benchmarks._data import gaussian_hmm, sticky
+t, d, k = size(1_000_000, 10_000), 4, 8
 rng = np.random.default_rng(0)
 x = jnp.asarray(rng.normal(size=(1, t, d)), jnp.float32)
 model = gaussian_hmm(sticky(k), rng.normal(size=(k, d)).astype(np.float32))
 step = jax.jit(lambda m: m.e_step(x)).lower(model).compile()
 before = peak()
 jax.block_until_ready(step(model))
-print(peak() - before, t * k * 4 / 2**20)
+print(peak() - before, t * k * 4 / 2**20, t)
 """
 
 
-def memory() -> None:
-    extra, one = python(MEMORY)
+def memory() -> Iterator[Any]:
+    extra, one, t = python(MEMORY)
     rows = {"peak beyond data, MB": round(extra, 1), "arrays of T × K": round(extra / one, 1)}
-    record("memory", "E-step of one chain, T=1,000,000 D=4 K=8, float32", rows)
+    yield "E-step of one chain, float32", {"T": int(t), "D": 4, "K": 8}, rows
 
 
-def parallel() -> None:
+def parallel() -> Iterator[Any]:
     """Sequential and parallel smoothing: which is faster where, and which one is chosen."""
     for k in (2, 8, 32):
-        for t in (1_000, 10_000, 100_000, 1_000_000):
+        for t in (1_000, *size((10_000, 100_000, 1_000_000), ())):
             if t * k > 8_000_000:
                 continue
             rng = np.random.default_rng(0)
@@ -278,17 +222,8 @@ def parallel() -> None:
                 },
                 runs=3,
             )
-            record("parallel", f"smoothing, T={t} K={k}, float32", rows)
+            yield "smoothing, float32", {"T": t, "K": k}, rows
 
-
-SECTIONS = {
-    "gaussian": gaussian,
-    "ragged": ragged,
-    "categorical": categorical,
-    "states": states,
-    "memory": memory,
-    "parallel": parallel,
-}
 
 if __name__ == "__main__":
-    main(SECTIONS)
+    main("hmm", gaussian, ragged, categorical, states, memory, parallel)

@@ -1,51 +1,32 @@
-"""Mixtures side by side with their peers: `python -m benchmarks.mixtures [section …]`.
+"""Mixtures side by side with their peers: `python -m benchmarks.mixtures [section …] [--tiny]`.
 
 Sections: covariances, restarts, kmeans, memory, startup (default: all). Every contender gets the
 same data, dtype, start and number of iterations in the same process; runs are interleaved, each
 right after an untimed one, and medians and median ratios quoted; the first call (with compilation)
-is timed apart. scikit-learn gets whichever number of BLAS threads is faster here. Results are
-appended to benchmarks/results/mixtures.jsonl.
+is timed apart. Peers outside JAX get whichever number of threads is faster here. Clusters are
+"close", 3 standard deviations apart, where densities are two matrix products, or "far", 300 apart,
+where those would cancel.
 """
 
 from __future__ import annotations
 
 import functools
-import os
 import statistics
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 import jaxem
-from benchmarks._common import PEAK, data, interleave, jaxem_mixture, main, python, seconds
-from benchmarks._common import record as _record
-from jaxem.emissions._base import expanded_form
+from benchmarks._common import PEAK, interleave, main, pinned, python, size
+from benchmarks._data import data, jaxem_mixture
+from jaxem._kmeans import inertia
 
-record = functools.partial(_record, "mixtures")
-N, D, K, STEPS = 200_000, 16, 16, 10
-
-
-def best_threads(run: Callable[[], Any]) -> int:
-    """The number of BLAS threads, 1 or all, with which a peer runs faster here."""
-
-    def with_threads(threads: int) -> float:
-        with threadpool_limits(threads):
-            return min(seconds(run) for _ in range(2))
-
-    return min((1, os.cpu_count() or 1), key=with_threads)
-
-
-def limited(threads: int, run: Callable[[], Any]) -> Callable[[], Any]:
-    def inner() -> Any:
-        with threadpool_limits(threads):
-            return run()
-
-    return inner
+N, D, K, STEPS = size(200_000, 4_000), 16, 16, 10
+SHAPES = {"N": N, "D": D, "K": K}
 
 
 # Covariance types
@@ -73,6 +54,9 @@ def gemms(x: jax.Array, width: int) -> Callable[[], Any]:
     return lambda: run(x, matrix)
 
 
+SHORT = {"diagonal": "diag"}  # what peers call it
+
+
 def sklearn_mixture(kind: str, x: np.ndarray, means: np.ndarray) -> Callable[[], Any]:
     from sklearn.mixture import GaussianMixture
 
@@ -80,14 +64,14 @@ def sklearn_mixture(kind: str, x: np.ndarray, means: np.ndarray) -> Callable[[],
     precisions = {
         "full": np.broadcast_to(np.eye(d, dtype=x.dtype), (k, d, d)),
         "tied": np.eye(d, dtype=x.dtype),
-        "diag": np.ones((k, d), x.dtype),
+        "diagonal": np.ones((k, d), x.dtype),
         "spherical": np.ones(k, x.dtype),
     }[kind]
 
     def run():
         return GaussianMixture(
             k,
-            covariance_type=kind,
+            covariance_type=SHORT.get(kind, kind),
             tol=0,
             max_iter=STEPS,
             reg_covar=0,
@@ -105,13 +89,13 @@ def gmmx_mixture(kind: str, x: np.ndarray, means: np.ndarray) -> Callable[[], An
     k, d = means.shape
     covariances = {
         "full": np.broadcast_to(np.eye(d, dtype=x.dtype), (k, d, d)),
-        "diag": np.ones((k, d), x.dtype),
+        "diagonal": np.ones((k, d), x.dtype),
     }[kind]
     model = GaussianMixtureModelJax.from_squeezed(
         means=means,
         covariances=covariances,
         weights=np.full(k, 1 / k, x.dtype),
-        covariance_type=kind,
+        covariance_type=SHORT.get(kind, kind),
     )
     fitter = EMFitter(max_iter=STEPS, tol=-1.0, reg_covar=0.0)
     xj = jnp.asarray(x)
@@ -129,7 +113,11 @@ def pomegranate_mixture(kind: str, x: np.ndarray, means: np.ndarray) -> Callable
     def run():
         covariance = torch.eye(d) if kind == "full" else torch.ones(d)
         parts = [
-            Normal(torch.from_numpy(m.copy()), covariance.clone(), covariance_type=kind)
+            Normal(
+                torch.from_numpy(m.copy()),
+                covariance.clone(),
+                covariance_type=SHORT.get(kind, kind),
+            )
             for m in means
         ]
         weights = torch.full((k,), 1 / k)
@@ -142,42 +130,30 @@ def fixed_steps(model: jaxem.Mixture, x: jax.Array, algorithm: Any = jaxem.EM())
     return jaxem.fit(model, x, algorithm, tol=0.0, max_steps=STEPS, throw=False)
 
 
-def covariances() -> None:
-    for kind in ("full", "tied", "diag", "spherical"):
-        # Spread 3: the expanded form is safe. Spread 300: it is not, and residuals are used.
-        for spread in (3.0,) if kind == "full" else (3.0, 300.0):
+def covariances() -> Iterator[Any]:
+    for kind in ("full", "tied", "diagonal", "spherical"):
+        for distance, spread in (("close", 3.0), ("far", 300.0)):
             x, means = data(N, D, K, spread)
             xj, model = jnp.asarray(x), jaxem_mixture(kind, means)
             sklearn = sklearn_mixture(kind, x, means)
-            threads = best_threads(sklearn)
-            contenders = {
-                "jaxem": functools.partial(fixed_steps, model, xj),
-                f"scikit-learn ({threads} BLAS threads)": limited(threads, sklearn),
-            }
-            if kind == "full":
-                contenders["its two GEMMs alone"] = gemms(xj, K * D)
-            if kind in ("full", "diag"):
+            contenders = {"jaxem": functools.partial(fixed_steps, model, xj)}
+            contenders |= pinned("scikit-learn", sklearn)
+            if kind in ("full", "diagonal"):
                 contenders["gmmx"] = gmmx_mixture(kind, x, means)
-                contenders["pomegranate"] = pomegranate_mixture(kind, x, means)
-            ours = fixed_steps(model, xj)
-            peer = sklearn()
-            shortcut = expanded_form(ours.model.components)
-            form = "residual" if shortcut is None or not bool(shortcut[0]) else "expanded"
-            gap = abs(float(ours.log_likelihood) / N - peer.score(x))
-            results: dict[str, Any] = {
-                "form": form,
-                "|log-likelihood per observation − peer's|": gap,
-            }
-            results |= interleave(contenders, runs=5 if kind == "full" else 7)
-            setting = f"{kind}, N={N} D={D} K={K} spread {spread:g}, float32, {STEPS} steps"
-            record("covariances", setting, results)
+                contenders |= pinned("pomegranate", pomegranate_mixture(kind, x, means))
+            if kind == "full":
+                contenders["two matrix products alone"] = gemms(xj, K * D)
+            rows = interleave(contenders, runs=5 if kind == "full" else 7)
+            ours = float(fixed_steps(model, xj).log_likelihood) / N
+            rows["|log-likelihood per observation − peer's|"] = abs(ours - sklearn().score(x))
+            yield f"{kind}, {distance} clusters, {STEPS} steps, float32", SHAPES, rows
 
 
 # Restarts
 
 
-def restarts() -> None:
-    n, d, k, lanes, steps = 2_000, 2, 4, 100, 200
+def restarts() -> Iterator[Any]:
+    n, d, k, lanes, steps = 2_000, 2, 4, size(100, 10), size(200, 20)
     x, _ = data(n, d, k, 2.0)
     xj = jnp.asarray(x)
     keys = jax.random.split(jax.random.key(0), lanes)
@@ -189,8 +165,10 @@ def restarts() -> None:
 
     from sklearn.mixture import GaussianMixture
 
+    tenth = lanes // 10
+
     def sklearn():
-        for i in range(10):  # a tenth of the lanes; times are scaled up below
+        for i in range(tenth):
             weights, components = each[i].weights, each[i].components
             GaussianMixture(
                 k,
@@ -202,25 +180,24 @@ def restarts() -> None:
                 precisions_init=np.linalg.inv(np.asarray(components.covariance, np.float64)),
             ).fit(x)
 
-    threads = best_threads(sklearn)
-    results = interleave(
+    rows = interleave(
         {
             "jaxem.fit_restarts": lambda: jaxem.fit_restarts(models, xj, **options),
-            "one after another, 100 × jit(fit)": lambda: [one(m) for m in each],
+            "one after another, jit(fit)": lambda: [one(m) for m in each],
             "jax.vmap(fit)": lambda: plain(models),
-            f"scikit-learn, 10 lanes ({threads} BLAS threads)": limited(threads, sklearn),
+            **pinned("scikit-learn, a tenth of them", sklearn),
         },
         runs=5,
     )
-    peer = results[f"scikit-learn, 10 lanes ({threads} BLAS threads)"]
-    results["scikit-learn per restart / ours"] = round(10 * peer["times_ours"], 1)
-    record("restarts", f"{lanes} × {steps} steps, N={n} D={d} K={k}, float32", results)
+    peer = next(row for name, row in rows.items() if name.startswith("scikit-learn"))
+    rows["scikit-learn per restart / ours"] = lanes / tenth * peer["ratio"]
+    yield f"{lanes} × {steps} steps, full, float32", {"N": n, "D": d, "K": k}, rows
 
 
 # k-means
 
 
-def kmeans() -> None:
+def kmeans() -> Iterator[Any]:
     from sklearn.cluster import KMeans
 
     x, _ = data(N, D, K, 1.0)
@@ -229,28 +206,25 @@ def kmeans() -> None:
     spheres = jaxem.emissions.SphericalGaussian(start, np.float32(1))
     model = jaxem.Mixture(np.full(K, 1 / K, np.float32), spheres)
     model = jaxem.freeze(model, "weights", "components.variance")
-    inertia = jax.jit(jaxem._kmeans.inertia)
+    cost = jax.jit(inertia)
 
     def ours():
         solution = fixed_steps(model, xj, jaxem.EM(jaxem.em.Hard()))
-        return solution, inertia(solution.model.components.mean, xj, None)
+        return solution, cost(solution.model.components.mean, xj, None)
 
     def sklearn():
         return KMeans(K, init=start, n_init=1, max_iter=STEPS, tol=0, algorithm="lloyd").fit(x)
 
-    threads = best_threads(sklearn)
     peer = sklearn()
     wide = np.asarray(ours()[0].model.components.mean, np.float64)
     exact = min_squares(x.astype(np.float64), wide)
-    results: dict[str, Any] = {
+    rows = interleave({"jaxem": ours, **pinned("scikit-learn", sklearn)}, 15)
+    rows |= {
         "iterations of the peer": int(peer.n_iter_),
         "|inertia / float64's − 1|": abs(float(ours()[1]) / exact - 1),
         "largest gap between centroids": float(np.abs(wide - peer.cluster_centers_).max()),
     }
-    results |= interleave(
-        {"jaxem": ours, f"scikit-learn lloyd ({threads} threads)": limited(threads, sklearn)}, 15
-    )
-    record("kmeans", f"Lloyd, N={N} D={D} K={K}, float32, {STEPS} steps", results)
+    yield f"Lloyd, {STEPS} steps, float32", SHAPES, rows
 
 
 def min_squares(x: np.ndarray, centres: np.ndarray) -> float:
@@ -265,65 +239,56 @@ def min_squares(x: np.ndarray, centres: np.ndarray) -> float:
 MEMORY = f"""
 {PEAK}
 import numpy as np, jax, jax.numpy as jnp, jaxem
-n, d, k = 2_000_000, 16, 64
+from benchmarks._common import size
+from benchmarks._data import jaxem_mixture
+n, d, k = size(2_000_000, 20_000), 16, 64
 rng = np.random.default_rng(0)
 x = np.empty((n, d), np.float32)
 for rows in np.array_split(np.arange(n), 40):
     x[rows] = rng.normal(size=(len(rows), d))
-means = x[:k].copy()
-eye = np.broadcast_to(np.eye(d, dtype=np.float32), (k, d, d))
+model = jaxem_mixture("full", x[:k].copy())
 xj = jax.block_until_ready(jnp.asarray(x))
 del x
-model = jaxem.Mixture(np.full(k, 1 / k, np.float32), jaxem.emissions.Gaussian(means, eye))
 small = jax.block_until_ready(jaxem.fit(model, xj[:4096], max_steps=1, tol=0.0, throw=False))
 before = peak()
 jax.block_until_ready(jaxem.fit(model, xj, max_steps=2, tol=0.0, throw=False))
-print(peak() - before, before)
+print(peak() - before, before, n)
 """
 
 IMPORT = """
 import time; t = time.perf_counter(); import jax, equinox; a = time.perf_counter(); import jaxem
-from jaxem.emissions._base import expanded_form
 print(time.perf_counter() - a, a - t)
 """
 
 
-def memory() -> None:
-    extra, before = python(MEMORY)
+def memory() -> Iterator[Any]:
+    extra, before, n = python(MEMORY)
     rows = {"peak beyond the data, MB": round(extra, 1), "before the fit, MB": round(before, 1)}
-    record("memory", "full, N=2,000,000 D=16 K=64, float32", rows)
+    yield "full, float32", {"N": int(n), "D": 16, "K": 64}, rows
 
 
-def startup() -> None:
-    imports = [python(IMPORT) for _ in range(5)]
-    x, means = data(20_000, 8, 8, 3.0)
+def startup() -> Iterator[Any]:
+    imports = [python(IMPORT) for _ in range(size(5, 1))]
+    n = size(20_000, 2_000)
+    x, means = data(n, 8, 8, 3.0)
     model, xj = jaxem_mixture("full", means), jnp.asarray(x)
+    other = jax.block_until_ready(xj + 1)
     compiled: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, _, **kwargs: compiled.append(event) if "backend_compile" in event else None
     )
     jax.block_until_ready(fixed_steps(model, xj))
     once = len(compiled)
-    jax.block_until_ready(fixed_steps(model, xj + 1))
+    jax.block_until_ready(fixed_steps(model, other))
     jax.block_until_ready(jaxem.fit(model, xj, tol=1e-3, max_steps=STEPS, throw=False))
     rows = {
-        "import jaxem beyond jax and equinox, s": round(
-            statistics.median(i[0] for i in imports), 3
-        ),
+        "import jaxem beyond jax and equinox, s": statistics.median(i[0] for i in imports),
         "programs compiled by the first fit": once,
-        "programs compiled by two more": len(compiled) - once - 1,  # less the one of `x + 1`
+        "programs compiled by two more": len(compiled) - once,
     }
-    record("startup", "import and compilation", rows)
+    yield "import and compilation", {"N": n, "D": 8, "K": 8}, rows
 
-
-SECTIONS = {
-    "covariances": covariances,
-    "restarts": restarts,
-    "kmeans": kmeans,
-    "memory": memory,
-    "startup": startup,
-}
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
-    main(SECTIONS)
+    main("mixtures", covariances, restarts, kmeans, memory, startup)

@@ -1,15 +1,14 @@
-"""Variants of EM: `python -m benchmarks.variants [section …]`.
+"""Variants of EM: `python -m benchmarks.variants [section …] [--tiny]`.
 
 Sections: ascent, acceleration, online, incremental, sampled, annealing, throughput, gradient
-(default: all). E-steps are counted as they are executed. Results are appended to
-benchmarks/results/variants.jsonl.
+(default: all). E-steps are counted as they are executed.
 """
 
 from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -19,10 +18,9 @@ import numpy as np
 import optax
 
 import jaxem
-from benchmarks._common import data, interleave, jaxem_mixture, main, seconds
-from benchmarks._common import record as _record
+from benchmarks._common import interleave, main, seconds, size
+from benchmarks._data import data, jaxem_mixture
 
-record = functools.partial(_record, "variants")
 e_steps: list[None] = []
 
 
@@ -127,13 +125,14 @@ PROBLEMS = {
 }
 
 
-def ascent(count: int = 1_000, at_once: int = 50, max_steps: int = 3_000) -> None:
+def ascent() -> Iterator[Any]:
     """Falls of the objective, and where accelerated fits end, over random problems in float64.
 
     An accelerated fit that ends below EM's is taken on by EM. If that brings it to EM's end, it
     was not yet there when its steps were spent; if not, its extrapolations had crossed to a lower
     maximum, as others cross to a higher one.
     """
+    count, at_once, max_steps = size((1_000, 50, 3_000), (10, 10, 300))
 
     @eqx.filter_jit
     def run(models: Any, x: Any, algorithm: Any) -> jaxem.Solution:
@@ -173,7 +172,7 @@ def ascent(count: int = 1_000, at_once: int = 50, max_steps: int = 3_000) -> Non
                         f"{behind / count:.1%} not yet there), "
                         f"above it {np.mean(lower < -1e-6):.1%}"
                     )
-            record("ascent", f"{count} problems, {name}, float64", rows)
+            yield f"{name}, float64", {"problems": count, "N": observations}, rows
 
 
 # Slow problems
@@ -216,7 +215,7 @@ def slow_problems() -> dict[str, tuple[Any, Any, Any]]:
         "overlapping Gaussians, k=3 d=2": overlapping(2_000, 2, 3, 1.3, "full"),
         "overlapping Gaussians, k=8 d=8": overlapping(5_000, 8, 8, 1.3, "full"),
         "overlapping tied Gaussians, k=4 d=4": overlapping(2_000, 4, 4, 1.0, "tied"),
-        "overlapping diagonal Gaussians, k=5 d=4": overlapping(2_000, 4, 5, 1.0, "diag"),
+        "overlapping diagonal Gaussians, k=5 d=4": overlapping(2_000, 4, 5, 1.0, "diagonal"),
         "overlapping spheres, k=5 d=2": overlapping(2_000, 2, 5, 1.5, "spherical"),
         "Student t, ν = 1.2, d=2": (tail, jnp.asarray(tails), None),
         "latent classes, k=2 d=6": (classes, jnp.asarray(bits), None),
@@ -226,9 +225,10 @@ def slow_problems() -> dict[str, tuple[Any, Any, Any]]:
     }
 
 
-def acceleration() -> None:
+def acceleration() -> Iterator[Any]:
     """E-steps and time of accelerated EM, in ratio to EM's, on slow problems in float64."""
     ratios: dict[str, list[tuple[float, float]]] = {name: [] for name in MONOTONE}
+    most = size(20_000, 200)
     with jax.enable_x64(True):
         for name, (model, x, sample_weight) in slow_problems().items():
             model, x = jax.tree.map(
@@ -239,7 +239,7 @@ def acceleration() -> None:
             )
             rows: dict[str, Any] = {}
             for label, wrap in MONOTONE.items():
-                options: Any = dict(sample_weight=sample_weight, max_steps=20_000, throw=False)
+                options: Any = dict(sample_weight=sample_weight, max_steps=most, throw=False)
                 run = eqx.filter_jit(functools.partial(jaxem.fit, **options))
                 counted = wrap(jaxem.EM(Counted(jaxem.em.Exact())))
                 e_steps.clear()
@@ -252,44 +252,37 @@ def acceleration() -> None:
                 rows[label] = (len(e_steps), time, float(solution.objective))
             for label, (count, time, _) in rows.items():
                 ratios[label].append((rows["EM"][0] / count, rows["EM"][1] / time))
-            record(
-                "acceleration",
-                f"{name}, float64",
-                {
-                    label: f"{count} E-steps, {time:.3f} s, ends {end - rows['EM'][2]:+.1e} from EM"
-                    for label, (count, time, end) in rows.items()
-                },
-            )
-    record(
-        "acceleration",
-        f"median over {len(ratios['EM'])} problems",
-        {
-            label: f"{statistics.median(a for a, _ in pairs):.1f} × fewer E-steps, "
-            f"{statistics.median(b for _, b in pairs):.1f} × less time"
-            for label, pairs in ratios.items()
-        },
-    )
+            found = {
+                label: f"{count} E-steps, {time:.3f} s, ends {end - rows['EM'][2]:+.1e} from EM"
+                for label, (count, time, end) in rows.items()
+            }
+            yield f"{name}, float64", {"N": len(jax.tree.leaves(x)[0])}, found
+    medians: dict[str, Any] = {}
+    for label, pairs in ratios.items():
+        fewer, less = (statistics.median(column) for column in zip(*pairs, strict=True))
+        medians |= {f"{label}, times fewer E-steps": fewer, f"{label}, times less time": less}
+    yield "medians over problems, float64", {"problems": len(ratios["EM"])}, medians
 
 
-def online() -> None:
+def online() -> Iterator[Any]:
     """Mini-batches from a start that EM takes to an optimum, after two passes or less."""
-    n, d, k, size = 1_000_000, 8, 16, 5_000
+    n, d, k, batch = size(1_000_000, 10_000), 8, 16, size(5_000, 500)
     x, means = data(n, d, k, 2.0)
     start, x = jaxem_mixture("full", means), jnp.asarray(x)
     best = jaxem.fit(start, x, max_steps=200)
     rows: dict[str, Any] = {"EM, steps": int(best.num_steps)}
     for passes in (0.5, 1, 2):
-        algorithm = jaxem.EM(accumulation=jaxem.em.Online(jaxem.em.Power(0.6), batch_size=size))
-        steps = int(passes * n / size)
+        algorithm = jaxem.EM(accumulation=jaxem.em.Online(jaxem.em.Power(0.6), batch_size=batch))
+        steps = int(passes * n / batch)
         found = jaxem.fit(start, x, algorithm, key=jax.random.key(0), max_steps=steps)
         gap = float(best.objective - found.objective) / n
-        rows[f"nats per observation below EM's optimum after {passes} passes"] = f"{gap:.5f}"
-    record("online", f"Online(batch_size={size}), full, N={n} D={d} K={k}, float32", rows)
+        rows[f"nats per observation below EM's optimum after {passes} passes"] = round(gap, 5)
+    yield f"Online(batch_size={batch}), full, float32", {"N": n, "D": d, "K": k}, rows
 
 
-def incremental() -> None:
+def incremental() -> Iterator[Any]:
     """Passes until the objective is within 1e-4 nats per observation of the optimum."""
-    n, d, k, blocks = 20_000, 4, 6, 20
+    n, d, k, blocks = size(20_000, 2_000), 4, 6, 20
     x, means = data(n, d, k, 1.5)
     start, x = jaxem_mixture("full", means), jnp.asarray(x)
     best = float(jaxem.fit(start, x, max_steps=5_000).objective) / n
@@ -305,11 +298,11 @@ def incremental() -> None:
             for _ in range(steps):
                 state = step(state, x)
             passes += 1
-        rows[label] = f"{passes} passes"
-    record("incremental", f"full, N={n} D={d} K={k}, float32", rows)
+        rows[f"{label}, passes"] = passes
+    yield "full, float32", {"N": n, "D": d, "K": k}, rows
 
 
-def sampled() -> None:
+def sampled() -> Iterator[Any]:
     """How far stochastic variants end from EM's optimum, in nats for all the data; ten seeds."""
     n, d, k = 2_000, 2, 3
     x, means = data(n, d, k, 2.0)
@@ -327,13 +320,13 @@ def sampled() -> None:
     }
     rows: dict[str, Any] = {}
     for label, (algorithm, steps) in variants.items():
-        run = eqx.filter_jit(functools.partial(jaxem.fit, max_steps=steps, throw=False))
+        run = eqx.filter_jit(functools.partial(jaxem.fit, max_steps=size(steps, 20), throw=False))
         ends = [
             best - float(run(start, x, algorithm, key=jax.random.key(seed)).objective)
-            for seed in range(10)
+            for seed in range(size(10, 2))
         ]
         rows[label] = f"median {statistics.median(ends):.3f}, worst {max(ends):.3f}"
-    record("sampled", f"full, N={n} D={d} K={k}, float32", rows)
+    yield "full, float32", {"N": n, "D": d, "K": k}, rows
 
 
 def trapping_problems() -> dict[str, tuple[Any, Callable[[Any], Any]]]:
@@ -365,9 +358,9 @@ def trapping_problems() -> dict[str, tuple[Any, Callable[[Any], Any]]]:
     }
 
 
-def annealing() -> None:
+def annealing() -> Iterator[Any]:
     """How often fits from the same random starts end at the best maximum that any of them found."""
-    starts = 100
+    starts, max_steps = size((100, 2_000), (10, 100))
     temperatures = ((1.5, 0.9), (2.0, 0.95), (5.0, 0.9), (100.0, 0.95))
     algorithms = {"EM": jaxem.EM()} | {
         f"Annealed, from {first:g} by {factor}": jaxem.EM(
@@ -380,7 +373,7 @@ def annealing() -> None:
             models = eqx.filter_vmap(start)(jax.random.split(jax.random.key(0), starts))
             ends = {
                 label: np.asarray(
-                    jaxem.fit_restarts(models, x, algorithm, max_steps=2_000).objective
+                    jaxem.fit_restarts(models, x, algorithm, max_steps=max_steps).objective
                 )
                 for label, algorithm in algorithms.items()
             }
@@ -390,16 +383,16 @@ def annealing() -> None:
                 f"{np.nanmedian(best - values) / len(x):.3f} nats per observation below"
                 for label, values in ends.items()
             }
-            record("annealing", f"{name}, float64", rows)
+            yield f"{name}, float64", {"N": len(x), "starts": starts}, rows
 
 
-def throughput() -> None:
+def throughput() -> Iterator[Any]:
     """Rows per second of mini-batch steps, as a share of those of full E-steps."""
-    n, d, k, size = 1_000_000, 8, 16, 20_000
+    n, d, k, rows_each = size(1_000_000, 20_000), 8, 16, size(20_000, 2_000)
     x, means = data(n, d, k, 2.0)
     model, x = jaxem_mixture("full", means), jnp.asarray(x)
-    full, batch = jaxem.EM(), jaxem.EM(accumulation=jaxem.em.Online(batch_size=size))
-    steps = n // size
+    full, batch = jaxem.EM(), jaxem.EM(accumulation=jaxem.em.Online(batch_size=rows_each))
+    steps = n // rows_each
     key = jax.random.key(0)
 
     @jax.jit
@@ -413,19 +406,20 @@ def throughput() -> None:
     begun, begun_batch = full.init(model, x), batch.init(model, x, key=key)
     rows: dict[str, Any] = interleave(
         {
-            f"{steps} steps of Online(batch_size={size})": lambda: pass_of(begun_batch),
             "a full step": lambda: whole(begun, x),
+            f"{steps} steps of Online(batch_size={rows_each})": lambda: pass_of(begun_batch),
         },
         runs=25,
     )
-    shares = [row["times_ours"] for row in rows.values()]
-    rows["row throughput, share of full"] = round(shares[1], 2)
-    record("throughput", f"full, N={n} D={d} K={k}, float32", rows)
+    _, in_batches = rows.values()
+    rows["row throughput, share of full"] = 1 / in_batches["ratio"]
+    yield "full, float32", {"N": n, "D": d, "K": k}, rows
 
 
-def gradient() -> None:
+def gradient() -> Iterator[Any]:
     """Gradient M-steps: programs compiled in a loop of one's own, and the steps they need."""
-    x, means = data(5_000, 4, 4, 2.0)
+    n, max_steps = size((5_000, 1_000), (500, 50))
+    x, means = data(n, 4, 4, 2.0)
     model, x = jaxem_mixture("full", means), jnp.asarray(x)
     traces: list[None] = []
     rows: dict[str, Any] = {}
@@ -441,24 +435,23 @@ def gradient() -> None:
         state = algorithm.init(model, x)
         for _ in range(10):
             state = step(state)
-        found = jaxem.fit(model, x, algorithm, max_steps=1_000)
-        rows[label] = (
-            f"{len(traces)} program for 10 steps; {int(found.num_steps)} steps to converge"
-        )
-    rows["closed form"] = f"{int(jaxem.fit(model, x, max_steps=1_000).num_steps)} steps to converge"
-    record("gradient", "full, N=5000 D=4 K=4, 5 optimiser steps an M-step, float32", rows)
+        found = jaxem.fit(model, x, algorithm, max_steps=max_steps, throw=False)
+        rows[f"{label}, programs for 10 steps"] = len(traces)
+        rows[f"{label}, steps to converge"] = int(found.num_steps)
+    closed = jaxem.fit(model, x, max_steps=max_steps, throw=False)
+    rows["closed form, steps to converge"] = int(closed.num_steps)
+    yield "full, 5 optimiser steps an M-step, float32", {"N": n, "D": 4, "K": 4}, rows
 
-
-SECTIONS = {
-    "ascent": ascent,
-    "acceleration": acceleration,
-    "online": online,
-    "incremental": incremental,
-    "sampled": sampled,
-    "annealing": annealing,
-    "throughput": throughput,
-    "gradient": gradient,
-}
 
 if __name__ == "__main__":
-    main(SECTIONS)
+    main(
+        "variants",
+        ascent,
+        acceleration,
+        online,
+        incremental,
+        sampled,
+        annealing,
+        throughput,
+        gradient,
+    )
