@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxem._core.blocks import as_arrays, sum_over_observations
+from jaxem._core.blocks import sum_over_observations
 from jaxem._core.checks import (
     check_count,
     check_observations,
@@ -22,6 +22,7 @@ from jaxem._core.checks import (
     num_features,
     or_absent,
 )
+from jaxem._core.conversion import as_arrays
 from jaxem._core.freezing import freeze
 from jaxem._core.numerics import finite
 from jaxem._core.printing import numbers

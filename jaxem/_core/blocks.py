@@ -8,12 +8,11 @@ compensated (Neumaier), so float32 loses no digits however many observations the
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
@@ -21,25 +20,6 @@ from jaxtyping import Array, Float, PyTree
 # third of each other, 2²² twice as slow); on accelerators it fills the device (256 MiB of float32).
 _BUDGET = {"cpu": 2**21}
 _ACCELERATOR_BUDGET = 2**26
-
-
-@runtime_checkable
-class _SupportsArray(Protocol):
-    """An array of another library."""
-
-    def __array__(self) -> Any: ...
-
-
-def as_arrays(data: PyTree[Any]) -> PyTree[Array]:
-    """What is an array elsewhere (NumPy, PyTorch, pandas), in JAX's dtypes; the rest as it is."""
-
-    def convert(leaf: Any) -> Any:
-        if isinstance(leaf, jax.Array) or not isinstance(leaf, _SupportsArray):
-            return leaf
-        array = np.asarray(leaf)
-        return leaf if array.dtype == object else jnp.asarray(array)
-
-    return jax.tree.map(convert, data)
 
 
 def num_observations(data: PyTree[Array]) -> int:

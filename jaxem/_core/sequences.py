@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 from numpy.typing import ArrayLike
 
-from jaxem._core.conversion import as_arrays, without_masks
 from jaxem._core.checks import check_values
+from jaxem._core.conversion import as_arrays, without_masks
 
 
 class Sequences(eqx.Module):

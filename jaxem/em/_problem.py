@@ -6,8 +6,9 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float, PyTree
 
-from jaxem._core.blocks import as_arrays, num_observations, total_weight
+from jaxem._core.blocks import num_observations, total_weight
 from jaxem._core.checks import check_sample_weight
+from jaxem._core.conversion import as_arrays
 from jaxem._core.numerics import float_dtype
 from jaxem._core.parameters import replace
 from jaxem._core.statistics import Framed

@@ -12,8 +12,9 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
-from jaxem._core.blocks import as_arrays, lanes_at_once
+from jaxem._core.blocks import lanes_at_once
 from jaxem._core.checks import check_count, name_of
+from jaxem._core.conversion import as_arrays
 from jaxem._core.statistics import Framed
 from jaxem.em._algorithm import AbstractAlgorithm
 from jaxem.em._em import EM

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from jaxem._core.blocks import as_arrays, num_observations
+from jaxem._core.blocks import num_observations
 from jaxem._core.checks import check_sample_weight
+from jaxem._core.conversion import as_arrays
 from jaxem._core.numerics import finite
 from jaxem._core.printing import describe
 from jaxem._core.quadratic import AbstractLocal

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxem._core import linalg as la
-from jaxem._core.blocks import as_arrays, num_observations
+from jaxem._core.blocks import num_observations
+from jaxem._core.conversion import as_arrays
 from jaxem._core.numerics import finite
 from jaxem._core.statistics import Framed
 from jaxem.emissions._base import AbstractEmission, Emission, width

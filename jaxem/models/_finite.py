@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxem._core.blocks import (
-    as_arrays,
     map_over_observations,
     num_observations,
     substitute,
     sum_over_observations,
 )
+from jaxem._core.conversion import as_arrays
 from jaxem._core.parameters import replace
 from jaxem.emissions._base import AbstractEmission, cheapest
 from jaxem.latents import AbstractPosterior, Finite, infer

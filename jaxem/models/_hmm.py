@@ -18,7 +18,8 @@ from jaxtyping import Array, Float, Int, PyTree
 from numpy.typing import ArrayLike
 
 from jaxem._core import linalg as la
-from jaxem._core.blocks import as_arrays, sum_over_observations
+from jaxem._core.blocks import sum_over_observations
+from jaxem._core.conversion import as_arrays
 from jaxem._core.numerics import divide, float_dtype
 from jaxem._core.parameters import replace
 from jaxem._core.sequences import Sequences, as_sequences

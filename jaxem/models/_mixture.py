@@ -19,8 +19,9 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from numpy.typing import ArrayLike
 
 from jaxem._core import linalg as la
-from jaxem._core.blocks import as_arrays, num_observations, substitute
+from jaxem._core.blocks import num_observations, substitute
 from jaxem._core.checks import check_shape, check_values
+from jaxem._core.conversion import as_arrays
 from jaxem._core.numerics import as_float, float_dtype
 from jaxem._core.parameters import free, replace
 from jaxem._core.statistics import Framed

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxem._core.blocks import (
-    as_arrays,
     fits_one_block,
     map_over_observations,
     num_observations,
@@ -24,6 +23,7 @@ from jaxem._core.blocks import (
     sum_over_observations,
 )
 from jaxem._core.checks import check_sample_weight, check_shape
+from jaxem._core.conversion import as_arrays
 from jaxem._core.numerics import as_float, float_dtype
 from jaxem._core.sequences import Sequences, as_sequences
 from jaxem._core.statistics import Framed
