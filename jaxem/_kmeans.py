@@ -19,6 +19,7 @@ from jaxem._core.checks import (
     check_count,
     check_observations,
     check_values,
+    checked_key,
     num_features,
     or_absent,
 )
@@ -97,7 +98,7 @@ def kmeans(
         model = Mixture.init(start_key, x, num_clusters, family, sample_weight=sample_weight)
         return freeze(model, "weights", "components.variance")
 
-    models = jax.vmap(start)(jax.random.split(key, num_restarts))
+    models = jax.vmap(start)(jax.random.split(checked_key(key), num_restarts))
     runs = fit_restarts(
         models, x, EM(Hard()), sample_weight=sample_weight, tol=tol, max_steps=max_steps
     )

@@ -117,13 +117,14 @@ def is_integer(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def check_key(key: Any) -> None:
-    """Raises unless `key` is one random key."""
+def checked_key(key: Any) -> Array:
+    """One random key, or `ValueError` for anything else."""
     typed = eqx.is_array(key) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     raw = eqx.is_array(key) and key.dtype == jnp.uint32 and key.shape == (2,)
     if not (raw or (typed and key.shape == ())):
         got = f"an array of shape {key.shape}" if eqx.is_array(key) else repr(key)[:60]
         raise ValueError(f"key must be one random key, such as jax.random.key(0); got {got}.")
+    return key
 
 
 def or_absent(fits: Array, sample_weight: Any) -> Array:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 from numpy.typing import ArrayLike
 
-from jaxem._core.checks import check_values
+from jaxem._core.checks import check_values, is_integer
 from jaxem._core.conversion import as_arrays, without_masks
 
 
@@ -197,7 +197,7 @@ class Sequences(eqx.Module):
         if not eqx.is_array(self.values) or self.values.ndim != 3:
             raise ValueError("lagged needs values of one array (b, t, d).")
         t = self.values.shape[1]
-        if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order < t:
+        if not is_integer(order) or not 1 <= order < t:
             raise ValueError(f"order must be an integer from 1 to {t - 1}, got {order!r}.")
         if self.lengths is not None:
             longer = self.lengths > order

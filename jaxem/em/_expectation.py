@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
+from jaxem._core.checks import is_integer
 from jaxem._core.schedules import AbstractSchedule, Geometric
 from jaxem._core.statistics import Framed
 from jaxem.em._problem import Problem
@@ -150,7 +151,7 @@ class Sampled(AbstractExpectation):
 
     def __check_init__(self):
         draws = self.num_draws
-        counted = isinstance(draws, int) and not isinstance(draws, bool) and draws >= 1
+        counted = is_integer(draws) and draws >= 1
         grows = isinstance(draws, AbstractSchedule) and draws.known_at(1) > 0
         if not (counted or grows):
             raise ValueError(
@@ -179,7 +180,7 @@ class Sampled(AbstractExpectation):
         if self.num_draws == 1:
             return first, objective, memory
         draws = self.num_draws
-        most = draws if isinstance(draws, int) else jnp.ceil(draws(step)).astype(jnp.int32)
+        most = draws if is_integer(draws) else jnp.ceil(draws(step)).astype(jnp.int32)
 
         def add(number: Any, total: PyTree[Array]) -> PyTree[Array]:
             return jax.tree.map(jnp.add, total, draw(number)[0].sums)

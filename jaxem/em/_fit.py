@@ -10,7 +10,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
-from jaxem._core.checks import check_count, check_nonnegative, or_absent
+from jaxem._core.checks import check_count, check_nonnegative, checked_key, or_absent
 from jaxem._core.numerics import float_dtype
 from jaxem._core.statistics import Framed
 from jaxem.em._adjoint import AbstractAdjoint, Implicit
@@ -92,6 +92,7 @@ def fit(
     tol = float(jnp.finfo(dtype).eps) ** (2 / 3) if tol is None else tol
     progress = Progress(progress) if isinstance(progress, int) else progress
     loop = Loop(on_shards(algorithm, problem.data), max_steps, progress)
+    key = None if key is None else checked_key(key)
     inputs = Inputs(model, problem, key, jnp.asarray(tol, dtype))
     solution, worthless = _fit(loop, inputs, adjoint)
     if not throw:

@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from jaxem._core.blocks import lanes_at_once
-from jaxem._core.checks import check_count, name_of
+from jaxem._core.checks import check_count, checked_key, name_of
 from jaxem._core.conversion import as_arrays
 from jaxem._core.statistics import Framed
 from jaxem.em._algorithm import AbstractAlgorithm
@@ -66,7 +66,7 @@ def fit_best(
     data, sample_weight = as_arrays(data), as_arrays(sample_weight)
     if sample_weight is not None:
         options["sample_weight"] = sample_weight
-    start_key, fit_key = jax.random.split(key)
+    start_key, fit_key = jax.random.split(checked_key(key))
     keys = jax.random.split(start_key, num_starts)
     solutions = fit_restarts(
         jax.vmap(lambda own: init(own, data, *args, **options))(keys),
@@ -115,7 +115,7 @@ def fit_restarts(
     """
     num_lanes = _num_lanes(models)
     problem = data if isinstance(data, Problem) else Problem(data, sample_weight, prior)
-    short_key, key = (None, None) if key is None else jax.random.split(key)
+    short_key, key = (None, None) if key is None else jax.random.split(checked_key(key))
     if short_steps is not None:
         if not 1 <= num_polished <= num_lanes:
             raise ValueError(f"num_polished must be between 1 and {num_lanes}, got {num_polished}.")

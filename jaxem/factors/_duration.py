@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 from numpy.typing import ArrayLike
 
 from jaxem._core import linalg as la
+from jaxem._core.checks import is_integer
 from jaxem._core.constraints import leaves_of, positive, simplex
 from jaxem._core.newton import maximize_by_newton
 from jaxem._core.numerics import divide, float_dtype, pseudo_count
@@ -222,7 +223,7 @@ class NegativeBinomialDuration(AbstractParametricDuration):
 
 
 def _checked_duration(max_duration: int) -> int:
-    if isinstance(max_duration, bool) or not isinstance(max_duration, int) or max_duration < 1:
+    if not is_integer(max_duration) or max_duration < 1:
         raise ValueError(f"max_duration must be a whole number of steps ≥ 1, got {max_duration!r}.")
     return max_duration
 

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxem._core import linalg as la
 from jaxem._core.blocks import num_observations
+from jaxem._core.checks import checked_key
 from jaxem._core.conversion import as_arrays
 from jaxem._core.numerics import finite
 from jaxem._core.statistics import Framed
@@ -115,7 +116,7 @@ class MixtureOfExperts(AbstractMixture, Generic[Emission]):
 
         `options` go to the emission: `inputs`, if it is a regression.
         """
-        z_key, x_key = jax.random.split(key)
+        z_key, x_key = jax.random.split(checked_key(key))
         z = jax.random.categorical(z_key, self.gate.log_weights(covariates), axis=1)
         return self.components.sample(x_key, z, **options), z
 

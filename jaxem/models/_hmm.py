@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike
 
 from jaxem._core import linalg as la
 from jaxem._core.blocks import sum_over_observations
+from jaxem._core.checks import checked_key
 from jaxem._core.conversion import as_arrays
 from jaxem._core.numerics import divide, float_dtype
 from jaxem._core.parameters import replace
@@ -178,7 +179,7 @@ class HMM(AbstractSequenceModel, Generic[Emission]):
             raise ValueError(f"inputs have shape {inputs.shape}; expected ({n}, {num_steps}, p).")
         matrix = self._matrix_at(self.transition.tilt(), inputs)
         steps = jnp.broadcast_to(la.floored_log(matrix), (n, num_steps, *matrix.shape[-2:]))
-        z_key, x_key = jax.random.split(key)
+        z_key, x_key = jax.random.split(checked_key(key))
 
         def path(key: Array, log_matrix: Array) -> Int[Array, " t"]:
             keys = jax.random.split(key, num_steps)

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from numpy.typing import ArrayLike
 
 from jaxem._core import linalg as la
-from jaxem._core.checks import check_shape, check_values, concrete
+from jaxem._core.checks import check_shape, check_values, checked_key, concrete
 from jaxem._core.numerics import as_float
 from jaxem._core.sequences import as_sequences
 from jaxem.emissions._base import Emission
@@ -114,7 +114,7 @@ class HSMM(AbstractSequenceModel, AbstractSeparable, Generic[Emission]):
     def sample(self, key: Array, n: int, num_steps: int) -> tuple[PyTree[Array], Int[Array, "n t"]]:
         """n sequences of `num_steps` steps, and the states that they come from."""
         check_num_steps(num_steps)
-        z_key, x_key = jax.random.split(key)
+        z_key, x_key = jax.random.split(checked_key(key))
         log_initial = self._initial.canonical()
         log_matrix = la.floored_log(self.transition.matrix)
 

@@ -22,7 +22,7 @@ from jaxem._core.blocks import (
     substitute,
     sum_over_observations,
 )
-from jaxem._core.checks import check_sample_weight, check_shape
+from jaxem._core.checks import check_sample_weight, check_shape, checked_key
 from jaxem._core.conversion import as_arrays
 from jaxem._core.numerics import as_float, float_dtype
 from jaxem._core.sequences import Sequences, as_sequences
@@ -142,7 +142,7 @@ class AbstractSequenceModel(AbstractComposite, Generic[Emission]):
         What it holds beyond the end of a sequence does not matter. States are −1 where no state
         is possible.
         """
-        keys = jax.random.split(key, num_observations(as_arrays(data)))
+        keys = jax.random.split(checked_key(key), num_observations(as_arrays(data)))
         return self._infer("sample_path", data, keys)
 
     def _infer(

@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxem._core.blocks import map_over_observations, num_observations, substitute
-from jaxem._core.checks import check_sample_weight, check_values, or_absent
+from jaxem._core.checks import check_sample_weight, check_values, checked_key, is_integer, or_absent
 from jaxem._core.numerics import float_dtype
 from jaxem.emissions._base import AbstractEmission, build, log_prob
 from jaxem.emissions._mixture_emission import MixtureEmission
@@ -67,9 +67,10 @@ def seed(
     method: str,
 ) -> Any:
     """Components located at `num_components` observations, with the scale of what is around."""
-    n = num_observations(data)
-    if isinstance(num_components, bool) or not isinstance(num_components, int):
+    n, key = num_observations(data), checked_key(key)
+    if not is_integer(num_components):
         raise ValueError(f"the number of components must be an integer, got {num_components!r}.")
+    num_components = int(num_components)
     if not 1 <= num_components <= n:
         raise ValueError(f"{num_components} components cannot start from {n} observations.")
     if method not in ("k-means++", "random"):
