@@ -39,6 +39,7 @@ def freeze(model: _T, *names: str, mask: Sequence[bool] | np.ndarray | None = No
     model = jaxem.freeze(model, "components.variance")
     ```
     """
+    _check_arguments("freeze", model, names)
     for name in names:
         model = _changed(model, name.split("."), name, mask)
     return model
@@ -46,9 +47,21 @@ def freeze(model: _T, *names: str, mask: Sequence[bool] | np.ndarray | None = No
 
 def unfreeze(model: _T, *names: str) -> _T:
     """Let parameters move again; the inverse of `freeze`."""
+    _check_arguments("unfreeze", model, names)
     for name in names:
         model = _changed(model, name.split("."), name, None, release=True)
     return model
+
+
+def _check_arguments(who: str, model: Any, names: tuple[Any, ...]) -> None:
+    if isinstance(model, type) or not isinstance(model, Parametrized):
+        raise ValueError(f"{who} takes a model, then names of parameters; got {model!r}.")
+    wrong = [name for name in names if not isinstance(name, str)]
+    if wrong:
+        raise ValueError(
+            f'{who} takes names one by one, as in {who}(model, "weights", "components.mean"); got '
+            f"{wrong[0]!r}."
+        )
 
 
 def _changed(module: Any, path: list[str], name: str, mask: Any, release: bool = False) -> Any:
