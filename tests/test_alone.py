@@ -61,14 +61,16 @@ def test_weights_priors_and_every_algorithm():
 
 
 def test_derivatives_and_influence():
+    start = Gaussian([[0.3, 0.1]], SCALE)
+
     def mean(weight):
-        return jaxem.fit(T, P, sample_weight=weight).model.mean[0, 0]
+        return jaxem.fit(start, P, sample_weight=weight).model.mean[0, 0]
 
     ones, step = jnp.ones(N), 1e-4 * jnp.zeros(N).at[3].set(1)
     slope = jax.grad(mean)(ones)
     difference = (mean(ones + step) - mean(ones - step)) / 2e-4
     np.testing.assert_allclose(slope[3], difference, rtol=1e-3)
-    fitted = jaxem.fit(T, P)
+    fitted = jaxem.fit(start, P)
     told = jaxem.inference.influence(lambda m: m.mean[0, 0], fitted, P)
     np.testing.assert_allclose(told, slope, rtol=1e-3, atol=1e-8)
 

@@ -11,6 +11,7 @@ import pytest
 from gold import SHARED
 from PIL import Image
 
+pytestmark = pytest.mark.slow
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
 

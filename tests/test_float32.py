@@ -217,6 +217,7 @@ def test_the_density_of_every_family_keeps_its_digits(name):
     _same_log_prob(components, data)
 
 
+@pytest.mark.slow
 def test_ten_million_units_lose_no_digits():
     n = 10**7
     x = jax.random.normal(KEY, (n, 1), jnp.float32) + 1000

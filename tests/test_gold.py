@@ -669,6 +669,7 @@ RECIPES = {
 } | {case: univariate for case in CASES if CASES[case]["family"] == "gmm-univariate"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_reference(case):
     match_all(case, RECIPES[case](case))

@@ -168,6 +168,7 @@ def test_louis_identity():
     np.testing.assert_allclose(jnp.linalg.inv(louis), covariance[order][:, order], rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_standard_errors_agree_with_a_parametric_bootstrap():
     n, lanes = 2_500, 2_000
     truth = Mixture(

@@ -134,6 +134,7 @@ def test_annealing_converges_at_temperature_one_only():
     np.testing.assert_allclose(late.objective, exact.objective, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ACCELERATORS, ids=lambda a: type(a).__name__)
 def test_accelerators_never_fall_and_end_no_lower(algorithm):
     """100 random problems here; `python -m benchmarks.variants ascent` takes 1,000 of each."""
@@ -342,11 +343,15 @@ def test_incremental_em_ends_with_its_own_objective():
         assert abs(parts.history[parts.num_steps] - parts.objective) < 1e-6
 
 
-@pytest.mark.parametrize("num_steps", [5, 20])
 @pytest.mark.parametrize(
-    "optimiser",
-    [optax.sgd(1.0), optax.sgd(1e9), optax.adam(1.0), optax.lbfgs()],
-    ids=["too long", "beyond all numbers", "Adam", "L-BFGS"],
+    ("optimiser", "num_steps"),
+    [
+        pytest.param(optax.sgd(1.0), 5, id="too long"),
+        pytest.param(optax.sgd(1e9), 20, id="beyond all numbers"),
+        pytest.param(optax.adam(1.0), 5, id="Adam"),
+        pytest.param(optax.adam(1.0), 20, id="Adam, many steps"),
+        pytest.param(optax.lbfgs(), 5, id="L-BFGS"),
+    ],
 )
 def test_a_step_that_was_cut_is_not_convergence(optimiser, num_steps):
     case = CASES["poisson"]()
@@ -387,8 +392,14 @@ def test_the_error_is_told_where_steps_have_a_rate():
         assert jnp.isnan(solution.error) and "error" not in repr(solution)
 
 
-@pytest.mark.parametrize("algorithm", [EM(), Anderson(), Overrelaxed(), SQUAREM()])
-@pytest.mark.parametrize("name", ["log-joint", "gradient-emission"])
+@pytest.mark.parametrize(
+    ("name", "algorithm"),
+    [
+        ("gradient-emission", EM()),
+        *(("log-joint", algorithm) for algorithm in (EM(), Anderson(), Overrelaxed(), SQUAREM())),
+    ],
+    ids=repr,
+)
 def test_steps_along_the_slope_converge_and_have_derivatives(name, algorithm):
     case = CASES[name]()
     sample_weight = jnp.ones(48)
