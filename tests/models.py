@@ -404,7 +404,7 @@ CASES: dict[str, Entry] = {
         ),
     ),
     "parsimonious-EVV": _entry("mixture", lambda: _parsimonious("EVV")),
-    "parsimonious-VEE": _entry("mixture mechanism", lambda: _parsimonious("VEE")),
+    "parsimonious-VEE": _entry("mixture", lambda: _parsimonious("VEE")),
     "parsimonious-VEV": _entry("mixture", lambda: _parsimonious("VEV", "free leaves")),
     "experts": _entry(
         "mechanism",
