@@ -276,7 +276,7 @@ def test_fisher_norm_by_bessel_functions():
         expected = order * np.log(kappa) - 0.5 * d * np.log(2 * np.pi) - scaled
         norm = lambda v, d=d: _special.vmf_log_norm(v, d)  # noqa: E731
         np.testing.assert_allclose(norm(jnp.asarray(kappa)), expected, rtol=1e-11)
-        slope = jax.vmap(jax.grad(norm))(jnp.asarray(kappa))
+        slope = jax.jit(jax.vmap(jax.grad(norm)))(jnp.asarray(kappa))
         ratio = special.ive(order + 1, kappa) / special.ive(order, kappa)
         np.testing.assert_allclose(slope, 1 - ratio, rtol=1e-10)
         single = norm(jnp.asarray(kappa, jnp.float32))
@@ -287,10 +287,10 @@ def test_binets_function_and_its_derivatives():
     x = np.array([1e-3, 0.1, 1.0, 2.5, 7.9, 8.1, 100.0, 1e5])
     value = special.gammaln(x) - (x - 0.5) * np.log(x) + x - 0.5 * np.log(2 * np.pi)
     np.testing.assert_allclose(_special.binet(jnp.asarray(x)), value, rtol=1e-9, atol=1e-9)
-    slope = jax.vmap(jax.grad(_special.binet))
+    slope = jax.jit(jax.vmap(jax.grad(_special.binet)))
     psi = special.digamma(x) - np.log(x) + 0.5 / x
     np.testing.assert_allclose(slope(jnp.asarray(x)), psi, rtol=1e-9, atol=1e-12)
-    third = jax.vmap(jax.grad(jax.grad(jax.grad(_special.binet))))(jnp.asarray(x))
+    third = jax.jit(jax.vmap(jax.grad(jax.grad(jax.grad(_special.binet)))))(jnp.asarray(x))
     scipys = special.polygamma(2, x) + 1 / x**2 + 1 / x**3
     np.testing.assert_allclose(third, scipys, rtol=1e-9, atol=1e-25)
 
