@@ -362,7 +362,7 @@ CASES: dict[str, Entry] = {
         ),
     ),
     "gamma": _entry(
-        "mixture iterative mechanism",
+        "mixture iterative",
         lambda: _case(
             jaxem.emissions.Gamma([[1.0, 2.5], [1.5, 0.8]], [[1.0, 1.5], [0.4, 0.2]]),
             DURATIONS,
@@ -404,7 +404,7 @@ CASES: dict[str, Entry] = {
         ),
     ),
     "parsimonious-EVV": _entry("mixture", lambda: _parsimonious("EVV")),
-    "parsimonious-VEE": _entry("mixture mechanism", lambda: _parsimonious("VEE")),
+    "parsimonious-VEE": _entry("mixture", lambda: _parsimonious("VEE")),
     "parsimonious-VEV": _entry("mixture", lambda: _parsimonious("VEV", "free leaves")),
     "experts": _entry(
         "mechanism",

@@ -262,8 +262,9 @@ def numbers_of(kind, t):
     return 0.1 * jnp.asarray(rng.normal(size=size)), jnp.asarray(rng.normal(size=size))
 
 
-@pytest.mark.parametrize("t", [7, 41])  # both with a last block that is filled up
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(  # all with a last block that is filled up
+    ("kind", "t"), [("plain", 41), *((kind, 7) for kind in KINDS)]
+)
 def test_both_forms_and_differences_agree(kind, t):
     numbers, way = numbers_of(kind, t)
     sequential = two_derivatives(numbers, way, kind, t, False)

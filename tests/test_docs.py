@@ -64,6 +64,7 @@ def near(said, printed):
     return abs(a - b) <= max(share * abs(a), least * 1.001)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_code_runs_and_prints_what_is_said(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -96,8 +96,9 @@ def gaps(one, other):
     return abs(float(value - other_value)) / N, float(jnp.max(jnp.abs(flat - other_flat))) / N
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("d", [1, 3, 32])
+@pytest.mark.parametrize(
+    ("family", "d"), [("full", 1), ("full", 32), *((family, 3) for family in FAMILIES)]
+)
 def test_the_forms_agree_in_float64(family, d):
     model, x = problem(family, d, 0, jnp.float64, at_limit=False)
     safe, residual, expanded = both_forms(model, x)
@@ -108,8 +109,9 @@ def test_the_forms_agree_in_float64(family, d):
     assert statistics < 1e-10
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("d", [1, 2, 32])
+@pytest.mark.parametrize(
+    ("family", "d"), [("full", 1), ("tied", 2), *((family, 32) for family in FAMILIES)]
+)
 def test_the_forms_agree_in_float32_up_to_the_limit(family, d):
     for seed in range(10):
         model, x = problem(family, d, seed, jnp.float32, at_limit=True)

@@ -60,7 +60,7 @@ def test_q_is_the_expected_log_joint_in_any_frame(name):
 
 
 @pytest.mark.parametrize("name", cases("iterative"))
-def test_map_em_climbs_to_a_posterior_mode(name):
+def test_map_em_climbs(name):
     case = CASES[name]()
     prior = case.model.prior(weights=4.0, components=case.prior)
     state = start = jaxem.EM().init(case.model, jaxem.em.Problem(case.data, prior=prior))
@@ -69,7 +69,13 @@ def test_map_em_climbs_to_a_posterior_mode(name):
         assert after.objective >= state.objective - 1e-11 * N
         state = after
     assert state.objective > start.objective + 1e-3
-    solution = jaxem.fit(state.model, case.data, prior=prior, tol=1e-13, max_steps=20_000)
+
+
+@pytest.mark.parametrize("name", cases("iterative", "mechanism"))
+def test_a_map_fit_ends_at_a_posterior_mode(name):
+    case = CASES[name]()
+    prior = case.model.prior(weights=4.0, components=case.prior)
+    solution = jaxem.fit(case.model, case.data, prior=prior, tol=1e-13, max_steps=20_000)
     zero = jax.tree.map(jnp.zeros_like, solution.model)
     close(gradient_of_q(solution.model, solution.statistics + prior), zero, 1e-7)
 
@@ -158,22 +164,25 @@ def test_negative_binomial_mean_is_exact_in_one_step_and_shape_is_the_maximum():
         np.testing.assert_allclose(np.log(found.concentration[0, d]), best, rtol=1e-6)
 
 
-def test_held_parameters_give_the_constrained_maximum():
-    for name, which in [
-        ("gamma", "rate"),
-        ("negative-binomial", "mean"),
-        ("gamma", "concentration"),
-    ]:
-        case = CASES[name]()
-        model = jaxem.freeze(case.model, f"components.{which}")
-        solution = jaxem.fit(model, case.data, tol=1e-12, max_steps=20_000)
-        score = jax.grad(lambda m, data=case.data: m.e_step(data)[1])(solution.model).components
-        leaf = {
-            "rate": "log_concentration",
-            "mean": "log_concentration",
-            "concentration": "log_rate",
-        }[which]
-        assert np.max(np.abs(getattr(score, leaf))) < 1e-6
+@pytest.mark.parametrize(
+    ("which", "free"), [("rate", "log_concentration"), ("concentration", "log_rate")]
+)
+def test_a_held_parameter_of_a_gamma_law_gives_the_constrained_maximum(which, free):
+    case = CASES["gamma"]()
+    model = jaxem.freeze(case.model, f"components.{which}")
+    statistics, _ = e_step(model, case.data)
+    slope = gradient_of_q(m_step(model, statistics), statistics).components
+    assert np.max(np.abs(getattr(slope, free))) < 1e-8
+    kept = {"rate": "log_rate", "concentration": "log_concentration"}[which]
+    assert np.max(np.abs(getattr(slope, kept))) > 1e-2
+
+
+def test_a_held_mean_of_a_negative_binomial_gives_the_constrained_maximum():
+    case = CASES["negative-binomial"]()
+    model = jaxem.freeze(case.model, "components.mean")
+    solution = jaxem.fit(model, case.data, tol=1e-12, max_steps=20_000)
+    score = jax.jit(jax.grad(lambda m: m.e_step(case.data)[1]))(solution.model).components
+    assert np.max(np.abs(score.log_concentration)) < 1e-6
 
 
 # Student t
@@ -200,10 +209,9 @@ def test_parameter_expansion_needs_fewer_steps():
 def test_many_degrees_of_freedom_are_a_gaussian_and_few_are_degenerate():
     x = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (60, 1)))  # tails lighter than any t
     start = jaxem.Mixture([1.0], jaxem.emissions.StudentT([[0.1]], [[[1.0]]], 3.0))
-    for algorithm in (jaxem.SQUAREM(), jaxem.Anderson()):
-        solution = jaxem.fit(start, x, algorithm)  # plain EM creeps there, in 1,647 steps
-        assert solution.result == jaxem.RESULTS.converged
-        np.testing.assert_allclose(solution.model.components.dof, 1000.0)
+    solution = jaxem.fit(start, x, jaxem.SQUAREM())  # plain EM creeps there, in 1,647 steps
+    assert solution.result == jaxem.RESULTS.converged
+    np.testing.assert_allclose(solution.model.components.dof, 1000.0)
     y = np.random.default_rng(0).normal(size=(60, 1))
     heavy = jnp.asarray(np.sign(y) * np.exp(40 * np.abs(y)))
     model = jaxem.Mixture([1.0], jaxem.emissions.StudentT([[0.0]], [[[1.0]]], 1.0))
@@ -268,7 +276,7 @@ def test_fisher_norm_by_bessel_functions():
         expected = order * np.log(kappa) - 0.5 * d * np.log(2 * np.pi) - scaled
         norm = lambda v, d=d: _special.vmf_log_norm(v, d)  # noqa: E731
         np.testing.assert_allclose(norm(jnp.asarray(kappa)), expected, rtol=1e-11)
-        slope = jax.vmap(jax.grad(norm))(jnp.asarray(kappa))
+        slope = jax.jit(jax.vmap(jax.grad(norm)))(jnp.asarray(kappa))
         ratio = special.ive(order + 1, kappa) / special.ive(order, kappa)
         np.testing.assert_allclose(slope, 1 - ratio, rtol=1e-10)
         single = norm(jnp.asarray(kappa, jnp.float32))
@@ -279,10 +287,10 @@ def test_binets_function_and_its_derivatives():
     x = np.array([1e-3, 0.1, 1.0, 2.5, 7.9, 8.1, 100.0, 1e5])
     value = special.gammaln(x) - (x - 0.5) * np.log(x) + x - 0.5 * np.log(2 * np.pi)
     np.testing.assert_allclose(_special.binet(jnp.asarray(x)), value, rtol=1e-9, atol=1e-9)
-    slope = jax.vmap(jax.grad(_special.binet))
+    slope = jax.jit(jax.vmap(jax.grad(_special.binet)))
     psi = special.digamma(x) - np.log(x) + 0.5 / x
     np.testing.assert_allclose(slope(jnp.asarray(x)), psi, rtol=1e-9, atol=1e-12)
-    third = jax.vmap(jax.grad(jax.grad(jax.grad(_special.binet))))(jnp.asarray(x))
+    third = jax.jit(jax.vmap(jax.grad(jax.grad(jax.grad(_special.binet)))))(jnp.asarray(x))
     scipys = special.polygamma(2, x) + 1 / x**2 + 1 / x**3
     np.testing.assert_allclose(third, scipys, rtol=1e-9, atol=1e-25)
 
@@ -317,12 +325,11 @@ def test_what_is_no_parameter_is_refused(build, says):
 
 
 @pytest.mark.parametrize("name", cases("iterative"))
-def test_starts_fit_and_empty_components_stay(name):
+def test_starts_are_models_and_empty_components_stay(name):
     case = CASES[name]()
     family = type(case.model.components)
     model = jaxem.Mixture.init(jax.random.key(3), case.data, 2, family)
-    solution = jaxem.fit(model, case.data, max_steps=20, throw=False)
-    assert np.isfinite(solution.objective)
+    assert np.isfinite(e_step(refit(model, case.data, jnp.asarray(W)), case.data)[1])
     empty = eqx.tree_at(lambda m: m._weights.logits, case.model, jnp.array([0.0, -800.0]))
     moved = refit(empty, case.data, jnp.asarray(W)).components
     for old, new in zip(jax.tree.leaves(empty.components), jax.tree.leaves(moved), strict=True):

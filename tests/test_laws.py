@@ -332,6 +332,6 @@ def test_an_exception_of_the_model_is_passed_on():
 
 
 def test_one_emission_obeys_every_law():
-    emission = jaxem.emissions.StudentT([[0.3, 0.1]], [[[1.0, 0.2], [0.2, 0.8]]], [4.0])
+    emission = jaxem.emissions.TiedGaussian([[0.3, 0.1]], [[1.0, 0.2], [0.2, 0.8]])
     report = jaxem.testing.check_model(emission, jnp.asarray(POINTS))
     assert [verdict.verdict for verdict in report] == ["holds"] * 10, f"\n{report}"
