@@ -280,7 +280,7 @@ REFUSED = {
     "a start by another method": (init(method="kmeans"), X, "k-means"),
     "weights of a start for steps": (init(sample_weight=jnp.ones(B * T)), X, r"\(4,\)"),
     "a forecast of inputs": (lambda x: DRIVEN.forecast(Sequences(x, inputs=U), 2), X, "not known"),
-    "no path": (lambda x: MODEL.best_paths(x, 0), X, "1 or more, got 0"),
+    "no path": (lambda x: MODEL.best_paths(x, 0), X, "integer ≥ 1, got 0"),
     "a batch of models": (
         lambda x: _fit(jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), MODEL), x),
         X,

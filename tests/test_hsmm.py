@@ -525,8 +525,8 @@ def test_newton_climbs_where_the_function_is_not_concave_and_stays_in_its_box():
     ("build", "message"),
     [
         (lambda: model_of(PoissonDuration([1.0, 2.0], 4)), "the duration has 2 states"),
-        (lambda: PoissonDuration([1.0, 2.0], 0), "max_duration must be a whole number"),
-        (lambda: PoissonDuration([1.0, 2.0], 3.0), "max_duration must be a whole number"),
+        (lambda: PoissonDuration([1.0, 2.0], 0), "max_duration must be an integer"),
+        (lambda: PoissonDuration([1.0, 2.0], 3.0), "max_duration must be an integer"),
         (lambda: PoissonDuration([1.0, -2.0], 3), "rate must be finite and not negative"),
         (lambda: PoissonDuration([[1.0]], 3), "rate has shape"),
         (lambda: NegativeBinomialDuration([1.0], [1.0, 2.0], 3), "concentration has shape"),

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from numpy.typing import ArrayLike
 
 from jaxem._core import linalg as la
-from jaxem._core.checks import is_integer
+from jaxem._core.checks import check_count
 from jaxem._core.constraints import leaves_of, positive, simplex
 from jaxem._core.newton import maximize_by_newton
 from jaxem._core.numerics import divide, float_dtype, pseudo_count
@@ -165,8 +165,9 @@ class PoissonDuration(AbstractParametricDuration):
     frozen: Frozen = eqx.field(static=True)
 
     def __init__(self, rate: ArrayLike, max_duration: int):
-        self.log_rate, self.frozen = leaves_of(self.parameters, rate=rate)["log_rate"], ()
-        self.max_duration = _checked_duration(max_duration)
+        check_count("max_duration", max_duration)
+        self.log_rate = leaves_of(self.parameters, rate=rate)["log_rate"]
+        self.max_duration, self.frozen = max_duration, ()
 
     @property
     def rate(self) -> Float[Array, " k"]:
@@ -201,9 +202,10 @@ class NegativeBinomialDuration(AbstractParametricDuration):
     frozen: Frozen = eqx.field(static=True)
 
     def __init__(self, mean: ArrayLike, concentration: ArrayLike, max_duration: int):
+        check_count("max_duration", max_duration)
         leaves = leaves_of(self.parameters, mean=mean, concentration=concentration)
         self.log_mean, self.log_concentration = leaves["log_mean"], leaves["log_concentration"]
-        self.max_duration, self.frozen = _checked_duration(max_duration), ()
+        self.max_duration, self.frozen = max_duration, ()
 
     @property
     def mean(self) -> Float[Array, " k"]:
@@ -220,12 +222,6 @@ class NegativeBinomialDuration(AbstractParametricDuration):
         grown = jax.nn.softplus(la.floored_log(d - 1) - log_alpha)
         shrunk = jax.nn.softplus(log_mean - log_alpha)
         return log_mean + grown - shrunk - jnp.log(d)
-
-
-def _checked_duration(max_duration: int) -> int:
-    if not is_integer(max_duration) or max_duration < 1:
-        raise ValueError(f"max_duration must be a whole number of steps ≥ 1, got {max_duration!r}.")
-    return max_duration
 
 
 def _log_prob(log_ratios: Any, leaves: Float[Array, "*k p"], longest: int) -> Float[Array, "*k D"]:

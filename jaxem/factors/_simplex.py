@@ -27,7 +27,7 @@ class Simplex(AbstractFactor):
     entries are frozen, the free ones share what those leave.
 
     **Arguments:** `probability` (k,), in the simplex; a 0 is floored at the smallest normal number.
-    `name` is what messages call it.
+    `size`, how many values there must be; `name`, what messages call it.
 
     **Raises:** `ValueError` for another shape, or values that are not probabilities.
 
@@ -40,8 +40,11 @@ class Simplex(AbstractFactor):
     logits: Float[Array, " k"]
     frozen: Frozen = eqx.field(static=True)
 
-    def __init__(self, probability: ArrayLike, *, name: str = "probability"):
-        self.logits = self.parameters["probability"].checked(name, as_float(probability), {})
+    def __init__(
+        self, probability: ArrayLike, *, size: int | None = None, name: str = "probability"
+    ):
+        sizes = {} if size is None else {"k": size}
+        self.logits = self.parameters["probability"].checked(name, as_float(probability), sizes)
         self.frozen = ()
 
     @property

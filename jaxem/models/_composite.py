@@ -24,7 +24,6 @@ class AbstractComposite(AbstractModel, Parametrized):
 
     @property
     def num_free_parameters(self) -> int:
-        """Number of parameters that the M-step moves, as AIC and BIC count them."""
         return sum(getattr(self, name).num_free_parameters for name in self.factors)
 
     def tilt(self) -> tuple[Any, ...]:

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 
 from jaxem._core import linalg as la
 from jaxem._core.blocks import sum_over_observations
-from jaxem._core.checks import checked_key
+from jaxem._core.checks import check_count, checked_key
 from jaxem._core.conversion import as_arrays
 from jaxem._core.numerics import divide, float_dtype
 from jaxem._core.parameters import replace
@@ -36,7 +36,6 @@ from jaxem.models._sequences import (
     check_num_states,
     check_num_steps,
     checked_emission,
-    first_state,
     log_prob_of_steps,
     seed_of_steps,
 )
@@ -85,7 +84,7 @@ class HMM(AbstractSequenceModel, Generic[Emission]):
             _check_stationary(initial, transition)
             self._initial = Stationary(jnp.zeros(k, float_dtype(emission)))  # pyright: ignore[reportCallIssue]
         else:
-            self._initial = first_state(initial, k)
+            self._initial = Simplex(initial, size=k, name="initial")
         self.transition, self.emission, self.parallel = transition, emission, parallel
 
     @property
@@ -154,8 +153,7 @@ class HMM(AbstractSequenceModel, Generic[Emission]):
         self, data: PyTree[Array], num_paths: int
     ) -> tuple[Int[Array, "b paths t"], Float[Array, "b paths"]]:
         """The most probable paths of each sequence, best first, and log p(x, path) of each."""
-        if num_paths < 1:
-            raise ValueError(f"num_paths must be 1 or more, got {num_paths}.")
+        check_count("num_paths", num_paths)
         return self._infer("best_paths", data, num_paths=num_paths)
 
     def forecast(self, data: PyTree[Array], num_steps: int) -> Float[Array, "b h k"]:

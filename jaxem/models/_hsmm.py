@@ -37,7 +37,6 @@ from jaxem.models._sequences import (
     check_num_states,
     check_num_steps,
     checked_emission,
-    first_state,
     seed_of_steps,
 )
 
@@ -78,7 +77,7 @@ class HSMM(AbstractSequenceModel, AbstractSeparable, Generic[Emission]):
         if k < 2:
             raise ValueError("an HSMM needs two states or more: each segment changes the state.")
         transition = _between_segments(transition, k)
-        self._initial = first_state(initial, k)
+        self._initial = Simplex(initial, size=k, name="initial")
         if duration.num_states != k:
             raise ValueError(
                 f"the duration has {duration.num_states} states, the emission {k} components."

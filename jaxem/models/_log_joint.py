@@ -23,7 +23,6 @@ from jaxem._core.blocks import num_observations, total_weight
 from jaxem._core.parameters import replace
 from jaxem._core.quadratic import AbstractLocal, Identity, LocalQuadratic
 from jaxem._core.statistics import Framed
-from jaxem.latents import AbstractPosterior
 from jaxem.models._base import AbstractNamelessModel, as_float_array
 from jaxem.models._finite import AbstractJointModel, sums_of_joint
 
@@ -35,10 +34,7 @@ class LogJointModel(AbstractJointModel, AbstractNamelessModel, AbstractLocal):
     params: PyTree
     function: Callable[..., Any] = eqx.field(static=True)
 
-    def expected_sums(
-        self, data: Any, sample_weight: Any, posterior: AbstractPosterior, key: Any
-    ) -> tuple[LocalQuadratic, Float[Array, ""]]:
-        """The score at self, and Σ w log p(x)."""
+    def expected_sums(self, data, sample_weight, posterior, key):
         score, value = sums_of_joint(
             self, self.function, self.params, data, sample_weight, posterior, key
         )

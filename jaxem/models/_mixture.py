@@ -22,7 +22,7 @@ from jaxem._core import linalg as la
 from jaxem._core.blocks import num_observations, substitute
 from jaxem._core.checks import check_shape, check_values, checked_key
 from jaxem._core.conversion import as_arrays
-from jaxem._core.numerics import as_float, float_dtype
+from jaxem._core.numerics import float_dtype
 from jaxem._core.parameters import free, replace
 from jaxem._core.statistics import Framed
 from jaxem.emissions._base import AbstractEmission, Emission, sums_of, width
@@ -51,9 +51,7 @@ class Mixture(AbstractMixture, Generic[Emission]):
                 "Mixture takes weights, then its components, an emission such as "
                 f"Poisson([[1.0], [2.0]]); got {type(components).__name__}."
             )
-        weights = as_float(weights)
-        check_shape("weights", weights, (components.num_components,))
-        self._weights = Simplex(weights, name="weights")
+        self._weights = Simplex(weights, size=components.num_components, name="weights")
         self.components = components
 
     @property
@@ -152,7 +150,13 @@ class Mixture(AbstractMixture, Generic[Emission]):
         # About the pooled mean and scale, the moments of tight clusters cancel: move the means
         # first, then the scales, then both about components that are in place.
         moved = pooled._m_step_from(data, responsibilities)
-        model = jax.tree.map(_with_mean, moved, pooled, is_leaf=_has_mean)
+        located = lambda part: isinstance(part, AbstractLocationScale)  # noqa: E731
+        model = jax.tree.map(
+            lambda new, old: replace(old, mean=new.mean) if located(new) else old,
+            moved,
+            pooled,
+            is_leaf=located,
+        )
         for _ in range(2):
             model = model._m_step_from(data, responsibilities)
         return model
@@ -167,15 +171,6 @@ class Mixture(AbstractMixture, Generic[Emission]):
     def _uniform(cls, components: Any) -> Self:
         k = components.num_components
         return cls(jnp.full(k, 1 / k, float_dtype(components)), components)
-
-
-def _has_mean(node: Any) -> bool:
-    return isinstance(node, AbstractLocationScale)
-
-
-def _with_mean(new: Any, old: Any) -> Any:
-    """An emission with the mean of another of its family; all else as it is."""
-    return replace(old, mean=new.mean) if isinstance(new, AbstractLocationScale) else old
 
 
 def check_start(mixture: Any) -> None:

@@ -22,9 +22,9 @@ from jaxem._core.blocks import (
     substitute,
     sum_over_observations,
 )
-from jaxem._core.checks import check_sample_weight, check_shape, checked_key
+from jaxem._core.checks import check_sample_weight, checked_key
 from jaxem._core.conversion import as_arrays
-from jaxem._core.numerics import as_float, float_dtype
+from jaxem._core.numerics import float_dtype
 from jaxem._core.sequences import Sequences, as_sequences
 from jaxem._core.statistics import Framed
 from jaxem.emissions._base import AbstractEmission, Emission, cheapest, sums_of, width
@@ -61,10 +61,7 @@ class AbstractSequenceModel(AbstractComposite, Generic[Emission]):
 
     # E-step
 
-    def expected_sums(
-        self, data: Any, sample_weight: Any, posterior: AbstractPosterior, key: Any
-    ) -> tuple[Any, Float[Array, ""]]:
-        """Sums about self and Σ w log p(x)."""
+    def expected_sums(self, data, sample_weight, posterior, key):
         sequences = as_sequences(data)
         block = functools.partial(_sums_of_block, self, posterior, sequences.within.size)
         width = self.width(data)
@@ -169,13 +166,6 @@ def checked_emission(emission: Any) -> AbstractEmission:
     if not isinstance(emission, AbstractEmission):
         raise ValueError(f"the emission must be an emission, got {type(emission).__name__}.")
     return emission
-
-
-def first_state(initial: Any, num_states: int) -> Simplex:
-    """The factor of the first state, from its probabilities."""
-    initial = as_float(initial)
-    check_shape("initial", initial, (num_states,))
-    return Simplex(initial, name="initial")
 
 
 def check_num_states(transition: AbstractTransition, num_states: int) -> None:
