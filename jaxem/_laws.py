@@ -1,8 +1,6 @@
 """The ten laws of CONTRIBUTING.md, each a function of a model and data that raises what broke."""
 
 import copy
-import functools
-import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -183,10 +181,10 @@ def _frozen(model: Any, data: Any, tol: float) -> str:
     for name in names:
         frozen = as_model(freeze(shown(model), name), "check_model")
         moved = _m_step(frozen, Framed(statistics.sums, frozen))
-        before, after = (
-            functools.reduce(operator.getitem, name.split("."), named_parameters(shown(m)))
-            for m in (frozen, moved)
-        )
+        before: Any = named_parameters(shown(frozen))
+        after: Any = named_parameters(shown(moved))
+        for part in name.split("."):
+            before, after = before[part], after[part]
         _require(jnp.array_equal(before, after), f"{name} moved although it is frozen")
     return ", ".join(names)
 

@@ -11,13 +11,14 @@ import equinox as eqx
 import jax
 from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
 from jaxem.latents import AbstractPosterior
 from jaxem.models._base import AbstractModel, expected_sums
 
-Shards = tuple[Mesh, Any]  # and the names of its axes along which observations are spread
+# A mesh, and the name or names of its axes along which observations are spread.
+Shards = tuple[Mesh | AbstractMesh, Any]
 
 
 def sums_on_shards(

@@ -293,11 +293,12 @@ def _delta(information: Information, meat: Float[Array, "p p"] | None) -> Covari
     moves_free = differs(rebuild)
     frozen = ~moves_free & differs(ravel_pytree(model)[1])
     undetermined = lost | (still & moves_free)
-    flags = (
+    frozen, undetermined = (
         jax.tree.map(lambda leaf: leaf > 0.5, by_name(flag.astype(values.dtype)))
         for flag in (frozen, undetermined)
     )
-    return Covariance(named, jnp.where(proper, covariance, jnp.nan), *flags, distance, proper)
+    covariance = jnp.where(proper, covariance, jnp.nan)
+    return Covariance(named, covariance, frozen, undetermined, distance, proper)
 
 
 def _scale(information: Information) -> tuple[Float[Array, " p"], Float[Array, " p"]]:
