@@ -16,9 +16,8 @@ from jaxtyping import Array
 from jaxem._core.blocks import num_observations
 from jaxem._core.freezing import freeze
 from jaxem._core.numerics import float_dtype
-from jaxem._core.parameters import estimates, named_parameters, parameter_names
+from jaxem._core.parameters import estimates, named_parameters, parameter_names, where_rows
 from jaxem._core.statistics import Framed
-from jaxem.em._algorithm import State
 from jaxem.em._em import EM
 from jaxem.em._fit import fit
 from jaxem.em._problem import Problem
@@ -46,29 +45,11 @@ def _e_step(model: Any, data: Any, sample_weight: Any = None) -> tuple[Framed, A
     return model.e_step(data, sample_weight, posterior=Exact())
 
 
-@eqx.filter_jit
-def _m_step(model: Any, statistics: Framed) -> Any:
-    return model.m_step(statistics)
-
-
-@eqx.filter_jit
-def _step(state: State, problem: Problem) -> State:
-    return EM().step(state, problem)
-
-
-@eqx.filter_jit
-def _score(model: Any, data: Any, sample_weight: Any) -> Any:
-    return jax.grad(lambda m: expected_sums(m, data, sample_weight, Exact(), None)[1])(model)
-
-
-@eqx.filter_jit
-def _gradient_of_q(model: Any, statistics: Framed) -> Any:
-    return jax.grad(lambda m: m.expected_log_prob(statistics))(model)
-
-
-@eqx.filter_jit
-def _at(statistics: Framed, frame: Any) -> Framed:
-    return statistics.at(frame)
+_step = eqx.filter_jit(EM().step)
+_at = eqx.filter_jit(Framed.at)
+_m_step = eqx.filter_jit(lambda model, statistics: model.m_step(statistics))
+_gradient_of_q = eqx.filter_jit(jax.grad(lambda m, statistics: m.expected_log_prob(statistics)))
+_score = eqx.filter_jit(jax.grad(lambda m, x, w: expected_sums(m, x, w, Exact(), None)[1]))
 
 
 @eqx.filter_jit
@@ -109,14 +90,6 @@ def _takes_weight(model: AbstractModel) -> bool:
     return not isinstance(model, FunctionModel) or model.takes_sample_weight
 
 
-def _where(keep: Array, leaf: Array, other: Array) -> Array:
-    return jnp.where(keep.reshape((-1,) + (1,) * (leaf.ndim - 1)), leaf, other)
-
-
-def _plain(outcome: tuple[Framed, Array]) -> Any:
-    return outcome[0].sums, outcome[1]
-
-
 def _spoil(leaf: Array) -> Array:
     """Data that no family accepts, in every observation; what is observed stays so."""
     if leaf.dtype == jnp.bool_:
@@ -154,15 +127,16 @@ def _additivity(model: Any, data: Any, tol: float) -> str:
     if _takes_weight(model):
         keep = jnp.arange(n) < n // 2
         weight = jnp.where(keep, 2.0, 0.0).astype(float_dtype(model))
-        spoilt = jax.tree.map(lambda leaf: _where(keep, leaf, _spoil(leaf)), data)
-        weighted = _plain(_e_step(model, spoilt, weight))
-        doubled = jax.tree.map(lambda leaf: 2 * leaf, _plain(first))
+        spoilt = where_rows(keep, data, jax.tree.map(_spoil, data))
+        statistics, value = _e_step(model, spoilt, weight)
+        doubled = (2.0 * first[0]).sums, 2 * first[1]
+        weighted = statistics.sums, value
         _near("weights 2 and 0, and observations given twice or not", weighted, doubled, tol)
     statistics, other = whole[0], _next(model, data)
     there = _at(statistics, other)
     _near("statistics there and back", _at(there, model).sums, statistics.sums, tol)
-    double = jax.tree.map(lambda leaf: 2 * leaf, there.sums)
-    _near("twice the sums, reframed", _at(2.0 * statistics, other).sums, double, tol)
+    twice = _at(2.0 * statistics, other)
+    _near("twice the sums, reframed", twice.sums, (2.0 * there).sums, tol)
     return found
 
 
@@ -207,35 +181,28 @@ def _frozen(model: Any, data: Any, tol: float) -> str:
     for name in names:
         frozen = as_model(freeze(shown(model), name), "check_model")
         moved = _m_step(frozen, Framed(statistics.sums, frozen))
-        before, after = _lookup(shown(frozen), name), _lookup(shown(moved), name)
+        before: Any = named_parameters(shown(frozen))
+        after: Any = named_parameters(shown(moved))
+        for part in name.split("."):
+            before, after = before[part], after[part]
         _require(jnp.array_equal(before, after), f"{name} moved although it is frozen")
     return ", ".join(names)
-
-
-def _lookup(model: Any, path: str) -> Array:
-    for part in path.split("."):
-        model = model[int(part)] if part.isdigit() else getattr(model, part)
-    return model
 
 
 def _float32(model: Any, data: Any, tol: float) -> str:
     if float_dtype(model) != jnp.float64:
         raise NotApplicable("the model is not in float64; enable jax_enable_x64 to compare")
 
-    def cast(tree: Any) -> Any:
-        return jax.tree.map(_to_single, tree)
+    def single(leaf: Array) -> Array:
+        return leaf.astype(jnp.float32) if leaf.dtype == jnp.float64 else leaf
 
     wide = fit(model, data, max_steps=20, tol=0.0, throw=False)
-    narrow = fit(cast(model), cast(data), max_steps=20, tol=0.0, throw=False)
+    narrow = fit(*jax.tree.map(single, (model, data)), max_steps=20, tol=0.0, throw=False)
     n = num_observations(data)
     found = _near("objectives per observation", narrow.objective / n, wide.objective / n, 1e-3)
     tiny = float(jnp.finfo(jnp.float32).eps)
     pair = estimates(narrow.model), estimates(wide.model)
     return f"objective {found}, parameters " + _near("parameters", *pair, 1e-3, tiny)
-
-
-def _to_single(leaf: Array) -> Array:
-    return leaf.astype(jnp.float32) if leaf.dtype == jnp.float64 else leaf
 
 
 def _honest(model: Any, data: Any, tol: float) -> str:

@@ -1,5 +1,6 @@
 """EM as a pure (init, step) with three slots, the loop around it, and what it reports."""
 
+import functools
 from typing import ClassVar
 
 import equinox as eqx
@@ -55,6 +56,28 @@ def init(algorithm, model, data, sample_weight=None, prior=None, key=None):
 def equal(a, b, tol=0.0):
     for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_allclose(left, right, rtol=tol, atol=tol)
+
+
+@pytest.mark.parametrize("dtype", [bool, jnp.uint8, np.int64])
+def test_weights_may_be_whole_numbers_or_booleans(dtype):
+    """Counts of repeats, and a selection, are what their floating values are."""
+    weight = (np.arange(len(X)) % 3 * 100).astype(dtype)  # whose sum is no uint8
+    pair = weight, jnp.asarray(weight, float)
+    equal(*(poissons().e_step(X, w) for w in pair))
+    equal(*(jaxem.fit(poissons(), X, sample_weight=w, max_steps=3, throw=False) for w in pair))
+    start = functools.partial(jaxem.Mixture.init, jax.random.key(0), X, 2, jaxem.emissions.Poisson)
+    equal(*(start(sample_weight=w) for w in pair))
+
+
+def test_weights_of_sequences_may_be_whole_numbers():
+    case = CASES["hmm-categorical"]()
+    weight = np.arange(len(jax.tree.leaves(case.data)[0])) % 3
+    pair = weight, jnp.asarray(weight, float)
+    equal(*(case.model.e_step(case.data, w) for w in pair))
+    family = functools.partial(jaxem.emissions.Categorical, num_categories=3)
+    moves = jaxem.factors.Transition.left_to_right(2)
+    start = functools.partial(jaxem.HMM.init, jax.random.key(0), case.data, 2, family)
+    equal(*(start(sample_weight=w, transition=moves) for w in pair))
 
 
 # The pure pair

@@ -538,10 +538,10 @@ REFUSED = {
         X,
         r"got \(16, 1\)",
     ),
-    "integer weights": (
-        lambda x: _fit_full(x, sample_weight=ONES.astype(int)),
+    "complex weights": (
+        lambda x: _fit_full(x, sample_weight=ONES.astype(complex)),
         X,
-        "floating, got int64",
+        "real, got complex128",
     ),
     "a list of weights": (lambda x: _fit_full(x, sample_weight=[1.0] * N), X, "got list"),
     "a negative tol": (lambda x: _fit_full(x, tol=-1.0), X, "tol must"),

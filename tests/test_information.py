@@ -54,13 +54,15 @@ def test_information_is_minus_the_derivative_of_the_score(name):
     np.testing.assert_allclose(information.score, score(numbers), atol=1e-9 * size)
     covariance = information.covariance()
     assert bool(covariance.proper) and float(covariance.distance) < 1e-6
-    # of logits, and of a gate, one in two is no parameter of its own; states of an HSMM never stay
-    redundant = {"log-joint": 2, "experts": 3, "hsmm": 4}.get(name, 0)
+    # of a user's logits one in two is no parameter of its own
+    redundant = {"log-joint": 2}.get(name, 0)
+    # the last coefficients of a gate are 0, and two states of an HSMM take turns
+    known = {"experts": 3, "hsmm": 4}.get(name, 0)
     marked = ravel_pytree(covariance.undetermined)[0]
     assert int(jnp.sum(marked)) == redundant
     assert not bool(jnp.any(ravel_pytree(covariance.frozen)[0]))
     errors = ravel_pytree(covariance.standard_errors)[0]
-    assert bool(jnp.all((errors > 0) | marked))
+    assert int(jnp.sum((errors == 0) & ~marked)) == known
 
 
 @pytest.mark.parametrize("name", ["independent", "from_functions"])
@@ -204,6 +206,35 @@ def test_what_is_not_determined_is_held_and_said():
     share = jnp.mean(bits[:, :2], axis=0)
     np.testing.assert_allclose(errors[0, :2], jnp.sqrt(share * (1 - share) / len(bits)), rtol=1e-6)
     assert "undetermined" in repr(covariance) and "frozen" not in repr(covariance)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
+def test_a_probability_that_vanishes_spoils_no_other_standard_error(dtype):
+    """The first state of a single sequence is one state: its log-odds have no end."""
+    emission = jaxem.emissions.Poisson(jnp.asarray([[2.0], [8.0]], dtype))
+    model = jaxem.HMM(
+        jnp.full(2, 0.5, dtype), jnp.asarray([[0.9, 0.1], [0.2, 0.8]], dtype), emission
+    )
+    x = model.sample(jax.random.key(0), 1, 200)[0]
+    solution = jaxem.fit(model, x)
+    covariance = jaxem.inference.observed_information(solution, x).covariance()
+    assert bool(covariance.proper) and float(covariance.distance) < 0.1
+    assert bool(covariance.undetermined["initial"].all())
+    found = covariance.standard_errors
+    fixed = jaxem.freeze(solution.model, "initial")
+    known = jaxem.inference.observed_information(fixed, x).covariance()
+    assert bool(known.frozen["initial"].all())
+    for name in ("transition", "emission"):
+        np.testing.assert_allclose(flat(found[name]), flat(known.standard_errors[name]), rtol=1e-3)
+        assert not bool(flat(covariance.undetermined[name]).any())
+
+
+def test_the_weight_of_a_single_component_is_known():
+    x = jax.random.poisson(jax.random.key(0), 3.0, (100, 1))
+    model = Mixture([1.0], jaxem.emissions.Poisson([[2.0]]))
+    covariance = jaxem.inference.observed_information(jaxem.fit(model, x), x).covariance()
+    assert float(covariance.standard_errors["weights"][0]) == 0
+    assert not bool(flat(covariance.undetermined).any())
 
 
 def test_what_is_frozen_is_known():

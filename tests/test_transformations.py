@@ -325,15 +325,15 @@ def test_a_sharded_step_is_one_all_reduce_and_gathers_nothing(blocks, small_bloc
     model = gaussians()
     data = spread(P)
     small_blocks(24 // blocks, model, P)  # of the 24 observations on each device
-    algorithm = jaxem.EM(jaxem.em.Sharded(jaxem.em.Exact(), mesh(), "observations"))
-    state = algorithm.init(model, data)
-    step = jax.jit(lambda s, x: algorithm.step(s, x))
-    compiled = step.lower(state, data).compile().as_text()
+    algorithm, problem = jaxem.EM(), jaxem.em.Problem(data, shards=(mesh(), "observations"))
+    state = algorithm.init(model, problem)
+    step = jax.jit(lambda s, problem: algorithm.step(s, problem))
+    compiled = step.lower(state, problem).compile().as_text()
     assert len(re.findall(r"= .*\ball-reduce(?:-start)?\(", compiled)) == 1
     for other in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
         assert other not in compiled
     close(
-        step(state, data).statistics.sums,
+        step(state, problem).statistics.sums,
         jaxem.EM().step(jaxem.EM().init(model, P), P).statistics.sums,
     )
 
@@ -367,9 +367,9 @@ def test_sharding_errors_are_clear():
         case = CASES["independent"]()
         data = (spread(case.data[0]), jax.device_put(case.data[1], other))
         jaxem.fit(case.model, data)
-    algorithm = jaxem.EM(jaxem.em.Sharded(jaxem.em.Exact(), mesh(), "observations"))
+    problem = jaxem.em.Problem(X[:-1], shards=(mesh(), "observations"))
     with pytest.raises(ValueError, match="cannot be spread evenly over 2 devices"):
-        algorithm.init(poissons(), X[:-1])
+        jaxem.EM().init(poissons(), problem)
 
 
 def test_explicit_axes_do_as_well():

@@ -81,7 +81,7 @@ def check_codes(x: Any, num_features: int, dtype: Any, who: str) -> None:
 
 
 def check_sample_weight(sample_weight: Any, n: int) -> None:
-    """Raises unless `sample_weight` is None or a floating array of shape (n,)."""
+    """Raises unless `sample_weight` is None or real numbers or booleans of shape (n,)."""
     if sample_weight is None:
         return
     if not eqx.is_array(sample_weight) or sample_weight.shape != (n,):
@@ -89,10 +89,8 @@ def check_sample_weight(sample_weight: Any, n: int) -> None:
         raise ValueError(
             f"sample_weight needs one entry per observation, shape ({n},); got {shape}."
         )
-    if not jnp.issubdtype(sample_weight.dtype, jnp.floating):
-        raise ValueError(
-            f"sample_weight must be floating, got {sample_weight.dtype}; use .astype(float)."
-        )
+    if sample_weight.dtype.kind == "c":
+        raise ValueError(f"sample_weight must be real, got {sample_weight.dtype}.")
 
 
 def check_values(ok: ArrayLike, message: str) -> None:

@@ -68,6 +68,11 @@ class Parameter:
     def leaves(self) -> tuple[str, ...]:
         return (self.leaf,)
 
+    @property
+    def is_log(self) -> bool:
+        """Whether the leaf holds logarithms or log-odds."""
+        return self.constraint.inverse not in (_same, la.unit)
+
     def is_shared(self, module: Any) -> bool:
         """Whether components share it, or some of them do, as states of tied rows."""
         sizes = zip(self.shape, getattr(module, self.leaf).shape, strict=False)

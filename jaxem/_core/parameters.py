@@ -116,6 +116,17 @@ def _inner(module: Any) -> Iterator[tuple[str, Any]]:
             yield field.name, value
 
 
+def log_leaves(module: Any) -> Iterator[jax.Array]:
+    """Leaves that hold logarithms or log-odds, which have no units."""
+    if isinstance(module, Parametrized):
+        for parameter in module.parameters.values():
+            if parameter.is_log:
+                yield getattr(module, parameter.leaf)
+        for _, value in _inner(module):
+            for part in value if isinstance(value, tuple) else (value,):
+                yield from log_leaves(part)
+
+
 def inline(module: Any) -> dict[str, Any]:
     """The factors that each stand behind one parameter of a module, by its name.
 

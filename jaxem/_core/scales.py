@@ -133,6 +133,7 @@ class ScaleParameter(NamedTuple):
     counted: tuple[str, ...] = ()
     collapsed: str = ""
     role: str = "scale"
+    is_log: bool = False
     separate: bool = True  # whether components have covariances apart, which a mask may freeze
 
     @property

@@ -29,7 +29,6 @@ from jaxem.em._loop import Progress as Progress
 from jaxem.em._maximization import AbstractMaximization as AbstractMaximization
 from jaxem.em._maximization import ClosedForm as ClosedForm
 from jaxem.em._problem import Problem as Problem
-from jaxem.em._sharding import Sharded as Sharded
 from jaxem.em._solvers import GCR as GCR
 from jaxem.em._solvers import Neumann as Neumann
 from jaxem.em._traits import Traits as Traits

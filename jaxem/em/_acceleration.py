@@ -43,9 +43,6 @@ class AbstractAccelerated(AbstractAlgorithm):
     def plain(self):
         return self.em.plain()
 
-    def with_expectation(self, change):
-        return replace(self, em=self.em.with_expectation(change))
-
     def init(self, model, problem, *, key=None):
         state = self.em.init(model, problem, key=key)
         return replace(state, maximization=(state.maximization, self._start(model)))

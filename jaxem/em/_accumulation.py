@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxem._core.checks import check_count
+from jaxem._core.parameters import replace
 from jaxem._core.schedules import AbstractSchedule, Power
 from jaxem._core.statistics import Framed
 from jaxem.em._problem import Problem
@@ -187,7 +188,7 @@ class Online(AbstractAccumulation):
         times = n / size
         if self.population is not None:
             times = times * self.population / problem.total_weight
-        return Batch(Problem(data, weight, problem.prior, checked=True), times, rows)
+        return Batch(replace(problem, data=data, sample_weight=weight), times, rows)
 
     def __call__(self, memory, new, objective, step):
         old, old_objective, mean = memory
@@ -260,7 +261,7 @@ class Incremental(AbstractAccumulation):
         if n % self.num_blocks:
             own = (rows >= begin) & (rows < begin + length)
             weight = jnp.where(own, jnp.ones(size) if weight is None else weight, 0)
-        return Batch(Problem(data, weight, problem.prior, checked=True), None, rows)
+        return Batch(replace(problem, data=data, sample_weight=weight), None, rows)
 
     def select(self, memory, problem, step, key):
         return self._block(problem, step % self.num_blocks)

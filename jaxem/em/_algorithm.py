@@ -1,14 +1,12 @@
 """What an algorithm is: pure `init`, `step` and `finish`, over a state."""
 
 import abc
-from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import equinox as eqx
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxem._core.statistics import Framed
-from jaxem.em._expectation import AbstractExpectation
 from jaxem.em._traits import Traits
 from jaxem.models._base import AbstractModel
 
@@ -70,9 +68,3 @@ class AbstractAlgorithm(eqx.Module):
     @abc.abstractmethod
     def plain(self) -> Any:
         """The `EM` with the same fixed points whose `whole_step` gives implicit derivatives."""
-
-    @abc.abstractmethod
-    def with_expectation(
-        self, change: Callable[[AbstractExpectation], AbstractExpectation]
-    ) -> Self:
-        """The algorithm with `change(expectation)` in place of its expectation."""

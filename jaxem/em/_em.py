@@ -141,9 +141,6 @@ class EM(AbstractAlgorithm):
     def plain(self):
         return EM(self.expectation, self.accumulation, ClosedForm())
 
-    def with_expectation(self, change):
-        return EM(change(self.expectation), self.accumulation, self.maximization)
-
     def maximize(
         self, state: State, problem: Problem, key: Array | None = None
     ) -> tuple[AbstractModel, PyTree[Array]]:

@@ -16,6 +16,7 @@ from jaxem._core.checks import is_integer
 from jaxem._core.schedules import AbstractSchedule, Geometric
 from jaxem._core.statistics import Framed
 from jaxem.em._problem import Problem
+from jaxem.em._sharding import sums_on_shards
 from jaxem.em._traits import AbstractSlot, Traits
 from jaxem.latents import AbstractPosterior, Drawn, Exact, Tempered
 from jaxem.models._base import AbstractModel, expected_sums
@@ -79,7 +80,9 @@ def infer(
     model: AbstractModel, problem: Problem, posterior: AbstractPosterior, key: Array | None
 ) -> tuple[Framed, Float[Array, ""]]:
     """The model's E-step on a problem: statistics about the model, and the log-likelihood."""
-    sums, value = expected_sums(model, problem.data, problem.sample_weight, posterior, key)
+    given = model, problem.data, problem.sample_weight, posterior, key
+    shards = problem.shards
+    sums, value = expected_sums(*given) if shards is None else sums_on_shards(shards, *given)
     return Framed(sums, model), value
 
 

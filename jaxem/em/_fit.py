@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxem._core.checks import check_count, check_nonnegative, checked_key, or_absent
 from jaxem._core.numerics import float_dtype
+from jaxem._core.parameters import replace
 from jaxem._core.statistics import Framed
 from jaxem.em._adjoint import AbstractAdjoint, Implicit
 from jaxem.em._algorithm import AbstractAlgorithm
@@ -19,7 +20,7 @@ from jaxem.em._em import EM
 from jaxem.em._expectation import AbstractExpectation
 from jaxem.em._loop import Inputs, Loop, Progress, verdict
 from jaxem.em._problem import Problem, as_problem
-from jaxem.em._sharding import on_shards
+from jaxem.em._sharding import shards_of
 from jaxem.em._solution import RESULTS, Solution, is_any
 from jaxem.latents import AbstractPosterior
 from jaxem.models._alone import as_model, shown
@@ -91,7 +92,8 @@ def fit(
     dtype = float_dtype(model)
     tol = float(jnp.finfo(dtype).eps) ** (2 / 3) if tol is None else tol
     progress = Progress(progress) if isinstance(progress, int) else progress
-    loop = Loop(on_shards(algorithm, problem.data), max_steps, progress)
+    problem = replace(problem, shards=problem.shards or shards_of(problem.data))
+    loop = Loop(algorithm, int(max_steps), progress)
     key = None if key is None else checked_key(key)
     inputs = Inputs(model, problem, key, jnp.asarray(tol, dtype))
     solution, worthless = _fit(loop, inputs, adjoint)

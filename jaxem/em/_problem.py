@@ -12,6 +12,7 @@ from jaxem._core.conversion import as_arrays
 from jaxem._core.numerics import float_dtype
 from jaxem._core.parameters import replace
 from jaxem._core.statistics import Framed
+from jaxem.em._sharding import Shards
 from jaxem.models._alone import Alone, framed_alone
 from jaxem.models._base import AbstractModel
 
@@ -31,6 +32,10 @@ class Problem(eqx.Module):
     - `sample_weight` (n,): how often each observation counts; default: once.
     - `prior`: pseudo-statistics from `model.prior(…)`; default: none.
 
+    - `shards`: where data are spread over devices along their observations, the mesh and the name
+      or names of its axes. Each device then sums its own observations. `fit` finds this itself,
+      except inside your own `jit`, where it cannot be seen.
+
     `checked` is True once data, weights and prior were found to suit a model.
 
     **Raises:** `ValueError` for a prior of another kind.
@@ -39,6 +44,7 @@ class Problem(eqx.Module):
     data: PyTree[Array] = eqx.field(converter=as_arrays)
     sample_weight: Float[Array, " n"] | None = eqx.field(converter=as_arrays, default=None)
     prior: Framed | None = None
+    shards: Shards | None = eqx.field(static=True, default=None)
     checked: bool = eqx.field(static=True, default=False)
 
     def __check_init__(self):

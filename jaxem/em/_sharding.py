@@ -1,7 +1,7 @@
 """Data spread over devices: each device sums its own observations, then one all-reduce.
 
 A scan over blocks of sharded data would silently gather them all first. Statistics are sums over
-observations, so any expectation can run shard by shard instead, for every model alike.
+observations, so that the E-step of every model can run shard by shard instead.
 """
 
 import math
@@ -11,94 +11,69 @@ import equinox as eqx
 import jax
 from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, PyTree
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, PyTree
 
-from jaxem._core.statistics import Framed
-from jaxem.em._algorithm import AbstractAlgorithm
-from jaxem.em._expectation import AbstractExpectation, as_expectation
-from jaxem.em._problem import Problem
-from jaxem.em._traits import Traits
+from jaxem.latents import AbstractPosterior
+from jaxem.models._base import AbstractModel, expected_sums
+
+# A mesh, and the name or names of its axes along which observations are spread.
+Shards = tuple[Mesh | AbstractMesh, Any]
 
 
-class Sharded(AbstractExpectation):
-    """An expectation done where the data lie.
+def sums_on_shards(
+    shards: Shards,
+    model: AbstractModel,
+    data: PyTree[Array],
+    sample_weight: Float[Array, " n"] | None,
+    posterior: AbstractPosterior,
+    key: Array | None,
+) -> tuple[PyTree[Array], Float[Array, ""]]:
+    """`expected_sums`, done where the data lie.
 
-    `fit` puts it around the algorithm's own when the data it is given are sharded along their
-    leading axis; in a loop of one's own, write `EM(Sharded(Exact(), mesh, axis))`.
-
-    **Arguments:** `expectation`; `mesh`; `axis`, the name or names of
-    the mesh axes along which observations are spread.
+    **Raises:** `ValueError` for observations that cannot be spread evenly.
     """
+    mesh, axis = shards
+    devices = math.prod(mesh.shape[name] for name in (axis if isinstance(axis, tuple) else (axis,)))
+    num_observations = jax.tree.leaves(data)[0].shape[0]
+    if num_observations % devices:
+        raise ValueError(
+            f"a batch of {num_observations} observations cannot be spread evenly over "
+            f"{devices} devices: choose its size, or the number of blocks, to suit."
+        )
+    observations, whole = PartitionSpec(axis), PartitionSpec()
+    temperature, settings = eqx.partition(posterior, eqx.is_array)
 
-    expectation: AbstractExpectation = eqx.field(converter=as_expectation)
-    mesh: Mesh = eqx.field(static=True)
-    axis: Any = eqx.field(static=True)
+    def shard(model: Any, data: Any, weight: Any, temperature: Any, key: Any) -> Any:
+        if key is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+        posterior = eqx.combine(temperature, settings)
+        flat, unravel = ravel_pytree(expected_sums(model, data, weight, posterior, key))
+        return unravel(jax.lax.psum(flat, axis))
 
-    @property
-    def traits(self) -> Traits:
-        return self.expectation.traits
-
-    @property
-    def final(self) -> AbstractExpectation:
-        return Sharded(self.expectation.final, self.mesh, self.axis)  # pyright: ignore
-
-    def init(self, model, problem):
-        return self.expectation.init(model, problem)
-
-    def conclusive(self, memory, step):
-        return self.expectation.conclusive(memory, step)
-
-    def __call__(self, model, problem, memory, step, key):
-        names = self.axis if isinstance(self.axis, tuple) else (self.axis,)
-        devices = math.prod(self.mesh.shape[name] for name in names)
-        if problem.num_observations % devices:
-            raise ValueError(
-                f"a batch of {problem.num_observations} observations cannot be spread evenly over "
-                f"{devices} devices: choose its size, or the number of blocks, to suit."
-            )
-        observations, whole = PartitionSpec(self.axis), PartitionSpec()
-
-        def shard(model: Any, part: Any, memory: Any, step: Array, key: Any) -> Any:
-            if key is not None:
-                key = jax.random.fold_in(key, jax.lax.axis_index(self.axis))
-            own = Problem(*part, checked=True)
-            new, objective, memory = self.expectation(model, own, memory, step, key)
-            flat, unravel = ravel_pytree((new.sums, objective))
-            return unravel(jax.lax.psum(flat, self.axis)), memory
-
-        (sums, objective), memory = jax.shard_map(
-            shard,
-            mesh=self.mesh,
-            in_specs=(whole, observations, observations, whole, whole),
-            out_specs=(whole, observations),
-            check_vma=False,
-        )(model, (problem.data, problem.sample_weight), memory, step, key)
-        return Framed(sums, model), objective, memory
+    return jax.shard_map(
+        shard,
+        mesh=mesh,
+        in_specs=(whole, observations, observations, whole, whole),
+        out_specs=whole,
+        check_vma=False,
+    )(model, data, sample_weight, temperature, key)
 
 
-def on_shards(algorithm: AbstractAlgorithm, data: PyTree[Array]) -> AbstractAlgorithm:
-    """The algorithm, with its E-step done shard by shard if the data are sharded."""
-    where = [_observation_sharding(leaf) for leaf in jax.tree.leaves(data)]
-    where = {found for found in where if found is not None}
+def shards_of(data: PyTree[Array]) -> Shards | None:
+    """How data are spread over devices along their observations, where that is known.
+
+    **Raises:** `ValueError` for leaves that are spread differently.
+    """
+    where = {found for leaf in jax.tree.leaves(data) if (found := _shards_of_leaf(leaf))}
     if len(where) > 1:
         raise ValueError(
             f"the leaves of data are sharded differently along their observations: {where}."
         )
-    if not where:
-        return algorithm
-    mesh, axis = where.pop()
-
-    def sharded(expectation: AbstractExpectation) -> AbstractExpectation:
-        if isinstance(expectation, Sharded):
-            return expectation
-        # pyright takes the abstract variables of an expectation for fields
-        return Sharded(expectation, mesh, axis)  # pyright: ignore
-
-    return algorithm.with_expectation(sharded)
+    return where.pop() if where else None
 
 
-def _observation_sharding(leaf: Any) -> tuple[Any, Any] | None:
+def _shards_of_leaf(leaf: Any) -> Shards | None:
     if isinstance(leaf, Tracer) or not isinstance(leaf, jax.Array):
         return None
     sharding = leaf.sharding

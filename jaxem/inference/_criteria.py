@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jaxem.em._expectation import infer
 from jaxem.em._problem import Problem
-from jaxem.inference._fitted import fitted_problem
+from jaxem.inference._fitted import fitted_problem, num_observed
 from jaxem.latents import Exact
-from jaxem.models._base import AbstractModel, expected_sums
+from jaxem.models._base import AbstractModel
 from jaxem.models._finite import AbstractJointModel
 
 
@@ -22,7 +23,7 @@ def aic(
     `fitted` is a model, an emission or a `Solution`; p counts the parameters that are not frozen.
     """
     model, problem = fitted_problem(fitted, data, sample_weight)
-    return -2 * _log_likelihood(model, problem) + 2 * model.num_free_parameters
+    return -2 * infer(model, problem, Exact(), None)[1] + 2 * model.num_free_parameters
 
 
 def bic(
@@ -55,14 +56,8 @@ def icl(
 
 
 def _bic(model: AbstractModel, problem: Problem) -> Float[Array, ""]:
-    log_likelihood = _log_likelihood(model, problem)
-    counts, weight = model.num_observed(problem.data), problem.sample_weight
-    total = jnp.sum(counts if weight is None else counts * weight).astype(log_likelihood.dtype)
-    return -2 * log_likelihood + model.num_free_parameters * jnp.log(total)
-
-
-def _log_likelihood(model: AbstractModel, problem: Problem) -> Float[Array, ""]:
-    return expected_sums(model, problem.data, problem.sample_weight, Exact(), None)[1]
+    penalty = model.num_free_parameters * jnp.log(num_observed(model, problem))
+    return -2 * infer(model, problem, Exact(), None)[1] + penalty
 
 
 @eqx.filter_jit

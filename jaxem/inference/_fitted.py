@@ -2,7 +2,11 @@
 
 from typing import Any
 
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
 from jaxem._core.checks import name_of
+from jaxem._core.numerics import float_dtype
 from jaxem._core.statistics import Framed
 from jaxem.em._problem import Problem, as_problem
 from jaxem.em._solution import Solution
@@ -23,3 +27,9 @@ def fitted_problem(
         raise ValueError(f"expected a Solution, a model or an emission, got {name_of(given)}.")
     model = as_model(given, "inference")
     return model, as_problem(data, model, sample_weight, prior)
+
+
+def num_observed(model: AbstractModel, problem: Problem) -> Float[Array, ""]:
+    """How many independent observations there are, each counted as often as its weight states."""
+    counts, weight = model.num_observed(problem.data), problem.sample_weight
+    return jnp.sum(counts if weight is None else counts * weight).astype(float_dtype(model))

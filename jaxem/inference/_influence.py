@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxem._core.numerics import float_dtype
+from jaxem._core.parameters import replace
 from jaxem._core.statistics import Framed
 from jaxem.em._adjoint import AbstractAdjoint, Implicit
 from jaxem.em._algorithm import AbstractAlgorithm
@@ -66,7 +67,7 @@ def _influence(
     adjoint: AbstractAdjoint,
 ) -> PyTree[Array]:
     def outcome(sample_weight: Array) -> PyTree[Array]:
-        weighted = Problem(problem.data, sample_weight, problem.prior, checked=True)
+        weighted = replace(problem, sample_weight=sample_weight)
         # it is fitted already
         solution = fit(model, weighted, algorithm, max_steps=0, adjoint=adjoint, throw=False)
         return functional(solution.model)

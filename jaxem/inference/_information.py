@@ -11,9 +11,9 @@ with H and with the scores, one direction at a time: no array of n × p exists.
 
 Not every direction is determined. Redundant logits move no parameter; an empty component,
 a probability of 0 or a variance at its floor moves no likelihood. The convention: directions along
-which the information is zero, to rounding, are held fixed, and so is what was frozen.
-Parameters that such a direction moves, and those that nothing moves, are marked in `frozen`; what
-of their variance remains is that along the other directions.
+which the information is zero, to rounding, are held fixed, and so is what was frozen. Parameters
+that such a direction moves, and those on a boundary, are marked in `undetermined`; what of their
+variance remains is that along the other directions.
 """
 
 from collections.abc import Callable
@@ -31,17 +31,12 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxem._core import linalg as la
 from jaxem._core.blocks import lanes_at_once
-from jaxem._core.parameters import (
-    estimates,
-    free_numbers,
-    frozen_mask,
-    inline,
-    named_parameters,
-)
+from jaxem._core.parameters import estimates, free_numbers, log_leaves
 from jaxem._core.statistics import Framed
+from jaxem.em._expectation import infer
 from jaxem.em._problem import Problem
 from jaxem.em._solution import Solution
-from jaxem.inference._fitted import fitted_problem
+from jaxem.inference._fitted import fitted_problem, num_observed
 from jaxem.latents import Exact
 from jaxem.models._alone import shown
 from jaxem.models._base import AbstractModel, AbstractNamelessModel, expected_sums
@@ -52,8 +47,8 @@ class Covariance(eqx.Module):
 
     - `estimates`: parameters by name, nested as the model is.
     - `matrix` (p, p), in the order in which `jax.flatten_util.ravel_pytree` puts the estimates.
-    - `frozen`: like `estimates`, True where a parameter was frozen by `freeze`; its standard error
-      is 0.
+    - `frozen`: like `estimates`, True where a parameter was frozen by `freeze`, or follows from
+      such; its standard error is 0.
     - `undetermined`: like `estimates`, True where a parameter is not determined by the data: it
       lies on a boundary, or the likelihood is flat. Its standard error counts only what is
       determined, often 0.
@@ -119,11 +114,13 @@ class Information(eqx.Module):
     - `matrix` (p, p): −∂²ℓ/∂θ∂θᵀ, θ all floating numbers of `model` as
       `jax.flatten_util.ravel_pytree` orders them; rows and columns of what is frozen are zero.
     - `score` (p,): ∂ℓ/∂θ, zero at a maximum.
+    - `num_observations`: the weight of all observations, steps of sequences counted one by one.
     """
 
     model: AbstractModel
     matrix: Float[Array, "p p"]
     score: Float[Array, " p"]
+    num_observations: Float[Array, ""]
 
     def covariance(self) -> Covariance:
         """Covariance of the parameters: the inverse, by the delta method."""
@@ -224,17 +221,16 @@ def _each_direction(
 @eqx.filter_jit
 def _observed(model: AbstractModel, problem: Problem) -> Information:
     flat, rebuild = free_numbers(model)
-    data, weight, prior = problem.data, problem.sample_weight, problem.prior
 
     def objective(numbers: Array) -> Array:
         new = rebuild(numbers)
-        _, log_likelihood = expected_sums(new, data, weight, Exact(), None)
-        return log_likelihood if prior is None else log_likelihood + new.expected_log_prob(prior)
+        return infer(new, problem, Exact(), None)[1] + problem.log_prior(new)
 
     score, push = jax.linearize(jax.grad(objective), flat)
-    width = problem.num_observations * model.width(data)
+    width = problem.num_observations * model.width(problem.data)
     hessian = _each_direction(push, flat.size, flat.dtype, width)
-    return Information(model, -0.5 * (hessian + hessian.T), score)
+    information = -0.5 * (hessian + hessian.T)
+    return Information(model, information, score, num_observed(model, problem))
 
 
 @eqx.filter_jit
@@ -261,27 +257,18 @@ def _delta(information: Information, meat: Float[Array, "p p"] | None) -> Covari
     model, matrix, score = information.model, information.matrix, information.score
     flat, rebuild = free_numbers(model)
     named = estimates(shown(model))
-    values, unravel = ravel_pytree(named)
-    # Unit diagonal first: whether a direction is determined must not depend on units of measure.
-    # Components share them, and one without observations is measured by the others.
-    diagonal = jnp.diagonal(matrix)
-    if not isinstance(model, AbstractNamelessModel):
-        leading = jax.tree.map(
-            lambda leaf: jnp.broadcast_to(jnp.max(leaf, axis=0), leaf.shape),
-            ravel_pytree(model)[1](diagonal),
-        )
-        diagonal, _ = ravel_pytree(leading)
-    some = diagonal > jnp.finfo(flat.dtype).tiny ** 0.5
-    scale = jnp.sqrt(jnp.where(some, diagonal, 1))
+    values, by_name = ravel_pytree(named)
+
+    def parameters(numbers: Array, model_at: Callable[[Array], Any] = rebuild) -> Array:
+        return ravel_pytree(estimates(shown(model_at(numbers))))[0]
+
+    scale, rounding = _scale(information)
     eigenvalues, basis = jnp.linalg.eigh(matrix / la.outer(scale, scale))
-    rounding = jnp.finfo(flat.dtype).eps ** (2 / 3)
+    rounding = jnp.finfo(flat.dtype).eps ** (2 / 3) + la.apply(basis.T**2, rounding)
     determined = eigenvalues > rounding
     proper = jnp.all(eigenvalues > -rounding)
 
-    parameters = jax.jacfwd(lambda numbers: ravel_pytree(estimates(shown(rebuild(numbers))))[0])(
-        flat
-    )
-    moves = la.matmul(parameters / scale, basis)
+    moves = la.matmul(jax.jacfwd(parameters)(flat) / scale, basis)
     solved = jnp.where(determined, moves / jnp.where(determined, eigenvalues, 1), 0)
     if meat is None:
         covariance = la.matmul(solved, moves.T)
@@ -291,46 +278,49 @@ def _delta(information: Information, meat: Float[Array, "p p"] | None) -> Covari
     pull = la.matmul(basis.T, score / scale)
     distance = jnp.sqrt(jnp.sum(jnp.where(determined, pull**2 / jnp.abs(eigenvalues), 0)))
 
+    eps = jnp.finfo(flat.dtype).eps ** (2 / 3)
     whole = jnp.sum(moves**2, axis=1)
-    lost = jnp.sum(jnp.where(determined, 0, moves**2), axis=1)
-    unmoved = ~(whole > jnp.finfo(flat.dtype).tiny)
+    lost = jnp.sum(jnp.where(determined, 0, moves**2), axis=1) > eps * whole
+    still = ~(whole > jnp.finfo(flat.dtype).tiny)
+    # What is still at a boundary is another value elsewhere. What is frozen is so where all numbers
+    # are others; what is not even then, as one probability of 1, is known.
+    elsewhere = jnp.cos(1.0 + jnp.arange(flat.size, dtype=flat.dtype))
 
-    def by_name(flags: Array) -> PyTree[Array]:
-        return jax.tree.map(lambda leaf: leaf > 0.5, unravel(flags.astype(values.dtype)))
+    def differs(model_at: Callable[[Array], Any]) -> Array:
+        gap = jnp.abs(parameters(elsewhere, model_at) - values)
+        return ~(gap <= eps * jnp.abs(values))
 
-    # what is frozen can be a function of what is not, as a stationary start is
-    frozen = jax.tree.map(jnp.logical_and, _frozen_entries(shown(model)), by_name(unmoved))
-    undetermined = by_name((lost > rounding * whole) | unmoved)
-    undetermined = jax.tree.map(lambda a, b: a & ~b, undetermined, frozen)
+    moves_free = differs(rebuild)
+    frozen = ~moves_free & differs(ravel_pytree(model)[1])
+    undetermined = lost | (still & moves_free)
+    frozen, undetermined = (
+        jax.tree.map(lambda leaf: leaf > 0.5, by_name(flag.astype(values.dtype)))
+        for flag in (frozen, undetermined)
+    )
     covariance = jnp.where(proper, covariance, jnp.nan)
     return Covariance(named, covariance, frozen, undetermined, distance, proper)
 
 
-def _frozen_entries(module: Any) -> PyTree[Array]:
-    """Like `estimates`: True where a parameter was frozen by name."""
-    if isinstance(module, AbstractNamelessModel):
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, bool), module.params)
+def _scale(information: Information) -> tuple[Float[Array, " p"], Float[Array, " p"]]:
+    """Square roots of each number's information, and the rounding of information in those units.
 
-    def entries(module: Any, named: dict[str, Any]) -> dict[str, Any]:
-        found, behind = {}, inline(module)
-        for name, value in named.items():
-            if not isinstance(value, dict):
-                mask = jnp.asarray(
-                    _mask(behind[name]) if name in behind else frozen_mask(module, name)
-                )
-                mask = mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim))
-                found[name] = jnp.broadcast_to(mask, value.shape)
-                continue
-            inner = getattr(module, name)
-            if isinstance(inner, tuple):
-                found[name] = {str(i): entries(m, value[str(i)]) for i, m in enumerate(inner)}
-            else:
-                found[name] = entries(inner, value)
-        return found
-
-    return entries(module, named_parameters(module))
-
-
-def _mask(factor: Any) -> Any:
-    """What is frozen of a factor behind one parameter; of one that follows others, nothing."""
-    return frozen_mask(factor, *factor.parameters) if factor.parameters else False
+    Whether a direction is determined must not depend on units of measure. Components share them, so
+    that one without observations is measured by the others. Logarithms have none: their information
+    is a sum of differences of probabilities over the observations, which rounds as 1 for each.
+    """
+    model, diagonal = information.model, jnp.diagonal(information.matrix)
+    eps, tiny = jnp.finfo(diagonal.dtype).eps, jnp.finfo(diagonal.dtype).tiny
+    rounding = jnp.full_like(diagonal, tiny**0.5)
+    if not isinstance(model, AbstractNamelessModel):
+        leaves, kind = jax.tree.flatten(ravel_pytree(model)[1](diagonal))
+        shared = [jnp.broadcast_to(jnp.max(leaf, axis=0), leaf.shape) for leaf in leaves]
+        diagonal, _ = ravel_pytree(jax.tree.unflatten(kind, shared))
+        logs = {id(leaf) for leaf in log_leaves(model)}
+        noise = 10 * eps * information.num_observations
+        noises = [
+            jnp.full(leaf.shape, noise if id(leaf) in logs else tiny**0.5, diagonal.dtype)
+            for leaf in jax.tree.leaves(model)
+        ]
+        rounding, _ = ravel_pytree(jax.tree.unflatten(kind, noises))
+    square = jnp.where(diagonal > rounding, diagonal, jnp.maximum(rounding, 1))
+    return jnp.sqrt(square), rounding / square

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from jaxem._core.blocks import num_observations
 from jaxem._core.checks import check_sample_weight
 from jaxem._core.conversion import as_arrays
-from jaxem._core.numerics import finite
+from jaxem._core.numerics import finite, float_dtype
 from jaxem._core.printing import describe
 from jaxem._core.quadratic import AbstractLocal
 from jaxem._core.statistics import Framed
@@ -46,6 +46,8 @@ class AbstractModel(eqx.Module):
         data, sample_weight = as_arrays(data), as_arrays(sample_weight)
         self.check(data)
         check_sample_weight(sample_weight, num_observations(data))
+        if sample_weight is not None:
+            sample_weight = sample_weight.astype(float_dtype(self))
         sums, value = expected_sums(self, data, sample_weight, posterior, key)
         return Framed(sums, self), value
 

@@ -36,6 +36,7 @@ def pooled(
     if sample_weight is None:
         sample_weight = jnp.ones(n, floating(data))
     else:
+        sample_weight = sample_weight.astype(floating(data))
         data = substitute(data, sample_weight > 0)
     components = cls.pooled(data, num_components, sample_weight, **keywords)
     components.check(data)
