@@ -20,7 +20,7 @@ class ParsimoniousScale(AbstractDense):
     structure: Parsimonious
     shared: bool = eqx.field(static=True)  # False: moments are those of each component
     min_spread: float = eqx.field(static=True)
-    expanded: bool = eqx.field(static=True)
+    expanded: bool = eqx.field(static=True, default=False)
 
     @property
     def covariance(self) -> Float[Array, "k d d"]:
