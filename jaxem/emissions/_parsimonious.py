@@ -11,15 +11,13 @@ from jaxem._core.constraints import leaves_of
 from jaxem._core.dense_scales import pooled_full_scale
 from jaxem._core.parameters import Frozen
 from jaxem._core.parsimonious import Parsimonious
-from jaxem._core.parsimonious_scale import ParsimoniousScale
-from jaxem._core.scales import MIN_SPREAD, check_min_spread
+from jaxem._core.scales import MIN_SPREAD
 from jaxem.emissions._gaussian import MEAN, AbstractGaussian, scale
 
 
-def _pooled(x, mean, sample_weight, *, structure: str = "VVV", **options) -> ParsimoniousScale:
+def _pooled(x, mean, sample_weight, *, structure: str = "VVV", **options) -> Parsimonious:
     full = pooled_full_scale(x, mean, sample_weight, **options)
-    own = Parsimonious.from_factor(structure, full.factor())
-    return ParsimoniousScale(structure=own, shared=False, min_spread=full.min_spread)
+    return Parsimonious.from_factor(structure, full.factor(), full.min_spread)
 
 
 class ParsimoniousGaussian(AbstractGaussian):
@@ -47,7 +45,7 @@ class ParsimoniousGaussian(AbstractGaussian):
 
     parameters: ClassVar = {"mean": MEAN, "covariance": scale(_pooled, separate=False)}
     mean: Float[Array, "k d"]
-    structure: ParsimoniousScale
+    structure: Parsimonious
     frozen: Frozen = eqx.field(static=True)
 
     def __init__(
@@ -60,9 +58,7 @@ class ParsimoniousGaussian(AbstractGaussian):
     ):
         self.mean, self.frozen = leaves_of(self.parameters, mean=mean)["mean"], ()
         covariance = jnp.asarray(covariance, self.mean.dtype)
-        own = Parsimonious.from_covariance(structure, covariance)
-        spread = check_min_spread(min_spread)
-        self.structure = ParsimoniousScale(structure=own, shared=False, min_spread=spread)
+        self.structure = Parsimonious.from_covariance(structure, covariance, min_spread)
 
     @property
     def covariance(self) -> Float[Array, "k d d"]:
