@@ -27,6 +27,7 @@ from jaxem._core.parameters import replace as replace
 from jaxem._core.parameters import update as update
 from jaxem._core.quadratic import AbstractLocal as AbstractLocal
 from jaxem._core.quadratic import LocalQuadratic as LocalQuadratic
+from jaxem._core.quadratic import linear_tilt as linear_tilt
 from jaxem._core.statistics import Framed as Framed
 from jaxem._core.supports import Support as Support
 from jaxem._core.supports import bits as bits
@@ -35,11 +36,15 @@ from jaxem._core.supports import counts as counts
 from jaxem._core.supports import positives as positives
 from jaxem._core.supports import reals as reals
 from jaxem.emissions._base import AbstractEmission as AbstractEmission
+from jaxem.emissions._base import AbstractNested as AbstractNested
+from jaxem.emissions._base import AbstractStarting as AbstractStarting
 from jaxem.emissions._base import sums_of as sums_of
 from jaxem.emissions._base import width as width
+from jaxem.emissions._family import AbstractConjugateFamily as AbstractConjugateFamily
 from jaxem.emissions._family import AbstractExponentialFamily as AbstractExponentialFamily
 from jaxem.emissions._family import AbstractFamily as AbstractFamily
 from jaxem.emissions._family import AbstractSpread as AbstractSpread
+from jaxem.emissions._natural import AbstractNaturalFamily as AbstractNaturalFamily
 from jaxem.factors._base import AbstractFactor as AbstractFactor
 from jaxem.factors._simplex import Simplex as Simplex
 from jaxem.models._base import AbstractModel as AbstractModel

@@ -9,12 +9,11 @@ import pkgutil
 import equinox as eqx
 
 import jaxem
-from jaxem.emissions._family import AbstractFamily
 
 PACKAGE = pathlib.Path(jaxem.__file__).parent
 SOURCES = {str(path.relative_to(PACKAGE)): path.read_text() for path in PACKAGE.rglob("*.py")}
 TREES = {name: ast.parse(text) for name, text in SOURCES.items()}
-MOST_LINES, MOST_LINES_OF_A_FILE, MOST_NAMES, MOST_METHODS = 16_200, 350, 28, 8
+MOST_LINES, MOST_LINES_OF_A_FILE, MOST_NAMES, MOST_METHODS = 15_950, 350, 28, 7
 
 
 def found(offends):
@@ -133,10 +132,10 @@ def test_concrete_methods_are_never_overridden():
     )
 
 
-def test_a_family_is_few_methods():
-    """Wrappers of emissions and regressions write out the whole protocol, and are not counted."""
-    emissions = [c for c in modules(AbstractFamily) if not inspect.isabstract(c)]
-    assert len(emissions) > 10
+def test_an_emission_is_few_methods():
+    """Regressions, and what wraps other emissions, too."""
+    emissions = [c for c in modules(jaxem.emissions.AbstractEmission) if not inspect.isabstract(c)]
+    assert len(emissions) > 20
     public = {
         cls.__name__: sorted(
             name

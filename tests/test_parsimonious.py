@@ -11,6 +11,7 @@ from sklearn.datasets import load_iris
 
 import jaxem
 from jaxem._core.orthogonal import eigen, orthonormal
+from jaxem._core.parameters import replace
 from jaxem._core.parsimonious import STRUCTURES, Parsimonious
 from jaxem.emissions import ParsimoniousGaussian
 
@@ -19,7 +20,7 @@ SMOOTH = [name for name in STRUCTURES if name[2] == "I" or name[1] == name[2]]
 TURNED = [name for name in STRUCTURES if name not in SMOOTH]
 
 from_covariance = jax.jit(Parsimonious.from_covariance, static_argnums=0)
-maximize = jax.jit(lambda scale, scatter, count: scale.maximize(scatter, count))
+maximize = jax.jit(lambda scale, scatter, count: scale.best(scatter, count))
 
 
 def scatters(seed, k=K, d=D, n=30):
@@ -31,8 +32,17 @@ def scatters(seed, k=K, d=D, n=30):
 
 def transition(old, new):
     """L_new⁻¹ L_old for each component."""
-    k, d = old.num_components, old.num_features
-    return jnp.broadcast_to(new.whitener() @ old.factor(), (k, d, d))
+    return new.whitener() @ old.factor()
+
+
+def log_det(scale):
+    """log|L| of each component."""
+    return -scale.log_norm() - 0.5 * scale.num_features * jnp.log(2 * jnp.pi)
+
+
+def times(scale, factor):
+    """The scale with all variances times a factor."""
+    return replace(scale, log_volume=scale.log_volume + 0.5 * jnp.log(factor))
 
 
 def reframed(scatter, old, new):
@@ -41,9 +51,8 @@ def reframed(scatter, old, new):
 
 
 def objective(scale, old, scatter, count):
-    log_det = jnp.broadcast_to(scale.log_det(), count.shape)
     trace = jnp.trace(reframed(scatter, old, scale), axis1=1, axis2=2)
-    return -jnp.sum(count * log_det) - 0.5 * jnp.sum(trace)
+    return -jnp.sum(count * log_det(scale)) - 0.5 * jnp.sum(trace)
 
 
 def problem(name, seed, k=K, d=D):
@@ -57,7 +66,7 @@ def derivatives(name):
 
     @jax.jit
     def both(scale, scatter, count, directions, cotangent):
-        f = lambda s, n: scale.maximize(s, n).covariance  # noqa: E731
+        f = lambda s, n: scale.best(s, n).covariance  # noqa: E731
         value, pushed = jax.jvp(f, (scatter, count), directions)
         return value, pushed, jax.vjp(f, scatter, count)[1](cotangent)
 
@@ -115,8 +124,7 @@ def test_numbers_of_free_parameters_are_mclusts(name):
     shape = {"I": 0, "E": d - 1, "V": k * (d - 1)}[name[1]]
     orientation = {"I": 0, "E": pairs, "V": k * pairs}[name[2]]
     scale, *_ = problem(name, 0)
-    assert scale.num_free_parameters == volume + shape + orientation
-    assert scale.factor().shape[0] == (k if "V" in name else 1)
+    assert scale.num_free_parameters(np.ones(k, bool)) == volume + shape + orientation
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
@@ -129,9 +137,9 @@ def test_any_numbers_are_a_model(name):
     covariance = np.asarray(scale.covariance)
     eye = scale.factor() @ scale.whitener()
     np.testing.assert_allclose(eye, np.broadcast_to(np.eye(D), eye.shape), atol=1e-12)
-    half = np.broadcast_to(scale.log_det(), K)
+    half = np.broadcast_to(log_det(scale), K)
     np.testing.assert_allclose(2 * half, np.linalg.slogdet(covariance)[1], rtol=1e-12)
-    np.testing.assert_allclose(scale.scaled(3.0).covariance, 3 * covariance, rtol=1e-12)
+    np.testing.assert_allclose(times(scale, 3.0).covariance, 3 * covariance, rtol=1e-12)
     volume = np.linalg.det(covariance) ** (1 / D)
     unit = covariance / volume[:, None, None]
     alike = lambda a: np.allclose(a, a[:1])  # noqa: E731
@@ -203,7 +211,7 @@ def test_second_derivatives_are_central_differences(name):
     sums = reframed(scatter, old, new)
     rng = np.random.default_rng(3)
     direction, weight = symmetric(rng), symmetric(rng)
-    slope = jax.jit(jax.grad(lambda s: jnp.vdot(weight, new.maximize(s, count).covariance)))
+    slope = jax.jit(jax.grad(lambda s: jnp.vdot(weight, new.best(s, count).covariance)))
     second = jax.jit(lambda s: jax.jvp(slope, (s,), (direction,))[1])(sums)
     expected = (slope(sums + 1e-5 * direction) - slope(sums - 1e-5 * direction)) / 2e-5
     np.testing.assert_allclose(second, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
@@ -275,7 +283,8 @@ def _only(scale, index):
     """The components `index` of a scale, in what they have of their own."""
     pick = lambda leaf: leaf[index] if leaf.shape[0] == K else leaf  # noqa: E731
     leaves = [None if leaf is None else pick(leaf) for leaf in _leaves(scale)]
-    return Parsimonious(*leaves, scale.name, len(index), scale.num_features)
+    names = ("log_volume", "log_shape", "orientation")
+    return replace(scale, **dict(zip(names, leaves, strict=True)), num_components=len(index))
 
 
 def _leaves(scale):
@@ -289,7 +298,7 @@ def test_float32_agrees_at_any_scale(name, unit):
     old, scatter, count = problem(name, 8)
     expected = maximize(old, scatter, count)
     single = lambda tree: jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)  # noqa: E731
-    small = single(old.scaled(unit**2))
+    small = single(times(old, unit**2))
     new = maximize(small, *single((scatter, count)))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(new))
     whitened = expected.whitener() @ (np.asarray(new.factor(), float) / unit)
@@ -301,7 +310,7 @@ def test_float32_agrees_at_any_scale(name, unit):
 
 def _double(scale, unit):
     scale = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), scale)
-    return scale.scaled(unit**-2)
+    return times(scale, unit**-2)
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
@@ -333,7 +342,7 @@ def test_data_too_small_for_their_squares():
     for name in STRUCTURES:
         scale = Parsimonious.from_factor(name, factor)
         assert jnp.isfinite(scale.whitener()).all()
-        np.testing.assert_allclose(scale.log_det() / D, np.log(1e-25), atol=3)
+        np.testing.assert_allclose(log_det(scale) / D, np.log(1e-25), atol=3)
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
@@ -344,7 +353,7 @@ def test_one_component_or_one_feature(name):
     new = maximize(one, scatter, count)
     if name[2] != "I":
         np.testing.assert_allclose(new.covariance, full, rtol=1e-10)
-        assert one.num_free_parameters == D * (D + 1) // 2
+        assert one.num_free_parameters(np.ones(1, bool)) == D * (D + 1) // 2
     elif name[1] != "I":
         np.testing.assert_allclose(new.covariance, full * jnp.eye(D), rtol=1e-10)
     flat, scatter, count = problem(name, 9, d=1)
@@ -358,7 +367,7 @@ def test_one_component_or_one_feature(name):
 def test_batches_are_single_maximisations(name):
     problems = [problem(name, seed) for seed in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *problems)
-    batch = jax.jit(jax.vmap(lambda s, *sums: s.maximize(*sums)))(*stacked)
+    batch = jax.jit(jax.vmap(lambda s, *sums: s.best(*sums)))(*stacked)
     for i, one in enumerate(problems):
         for a, b in zip(jax.tree.leaves(batch), jax.tree.leaves(maximize(*one)), strict=True):
             np.testing.assert_allclose(a[i], b, atol=1e-9)
@@ -390,11 +399,11 @@ def em(name, x, responsibilities, num_steps=300):
     def step(scale, mean, weights):
         whitener = jnp.broadcast_to(scale.whitener(), (k, d, d))
         y = jnp.einsum("kde,nke->nkd", whitener, x[:, None] - mean)
-        log_prob = jnp.log(weights) - scale.log_det() - 0.5 * jnp.sum(y**2, axis=2)
+        log_prob = jnp.log(weights) - log_det(scale) - 0.5 * jnp.sum(y**2, axis=2)
         log_prob = log_prob - 0.5 * d * jnp.log(2 * jnp.pi)
         total = jax.scipy.special.logsumexp(log_prob, axis=1)
         count, mean, scatter = sums(jnp.exp(log_prob - total[:, None]), whitener)
-        return (scale.maximize(scatter, count), mean, count / n), jnp.sum(total)
+        return (scale.best(scatter, count), mean, count / n), jnp.sum(total)
 
     eye = jnp.broadcast_to(jnp.eye(d), (k, d, d))
     count, mean, scatter = sums(responsibilities, eye)
@@ -405,7 +414,7 @@ def em(name, x, responsibilities, num_steps=300):
     while len(trace) < num_steps and (len(trace) < 2 or trace[-1] - trace[-2] > 1e-10):
         state, log_prob = step(*state)
         trace.append(float(log_prob))
-    return np.array(trace), scale.num_free_parameters + k * d + k - 1
+    return np.array(trace), scale.num_free_parameters(np.ones(k, bool)) + k * d + k - 1
 
 
 # BIC from setosa and the rest. VEV and VVV are mclust's published ones; the others are our own, and

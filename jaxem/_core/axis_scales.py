@@ -148,9 +148,10 @@ class AxisScale(AbstractScale):
         return (scale if self.shared else scale[z]) * normal
 
     def with_covariance(self, name: str, value: Array) -> Self:
-        proper = (value > 0) & jnp.isfinite(value)
-        check_values(proper, f"{name} must be positive and finite.")
-        return self._with(0.5 * jnp.log(value.reshape(self.log_scale.shape)))
+        given = axis_scale(
+            name, value, self.log_scale, spherical=self.spherical, shared=self.shared
+        )
+        return self._with(given.log_scale)
 
     def scaled(self, spread: Array, num_components: int) -> Self:
         spread = jnp.maximum(spread, jnp.finfo(self.log_scale.dtype).tiny)
@@ -178,8 +179,7 @@ class AxisScale(AbstractScale):
 def axis_scale(
     name: str,
     value: ArrayLike,
-    k: int,
-    d: int,
+    like: Float[Array, "k d"],
     *,
     spherical: bool,
     shared: bool | None = None,
@@ -187,9 +187,11 @@ def axis_scale(
 ) -> AxisScale:
     """The scale of variances (k, d), or (k,) of spheres; without k they are those of all.
 
+    It has the dtype and the sizes of `like`, such as the means.
+
     **Raises:** `ValueError` for another shape, or variances that are not positive.
     """
-    variance, own = jnp.asarray(value), (k,) if spherical else (k, d)
+    variance, own = jnp.asarray(value, like.dtype), like.shape[: 2 - spherical]
     shared = variance.ndim == len(own) - 1 if shared is None else shared
     if shared:
         check_shape(f"{name} (shared by the components)", variance, own[1:])
@@ -199,7 +201,8 @@ def axis_scale(
     proper = (variance > 0) & jnp.isfinite(variance)
     check_values(proper, f"{name} must be positive and finite.")
     log_scale = 0.5 * jnp.log(variance.reshape(variance.shape[0], -1))
-    return _axis_scale(log_scale, spherical, shared, min_spread)
+    spread = check_min_spread(min_spread)
+    return AxisScale(log_scale=log_scale, spherical=spherical, shared=shared, min_spread=spread)
 
 
 def pooled_axis_scale(
@@ -208,7 +211,7 @@ def pooled_axis_scale(
     sample_weight: Float[Array, " n"],
     *,
     spherical: bool,
-    shared: bool = False,
+    tied: bool = False,
     min_spread: float = MIN_SPREAD,
 ) -> AxisScale:
     """The variances of all data, for one component."""
@@ -218,15 +221,5 @@ def pooled_axis_scale(
         top = jnp.max(log_scale)
         log_scale = top + 0.5 * jnp.log(jnp.mean(jnp.exp(2 * (log_scale - top)), keepdims=True))
     log_scale = jnp.maximum(log_scale, least_log_scale(x))
-    return _axis_scale(log_scale[None], spherical, shared, min_spread)
-
-
-def _axis_scale(
-    log_scale: Float[Array, "c e"], spherical: bool, shared: bool, min_spread: float
-) -> AxisScale:
-    return AxisScale(
-        log_scale=log_scale,
-        spherical=spherical,
-        shared=shared,
-        min_spread=check_min_spread(min_spread),
-    )
+    spread = check_min_spread(min_spread)
+    return AxisScale(log_scale=log_scale[None], spherical=spherical, shared=tied, min_spread=spread)

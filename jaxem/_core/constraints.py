@@ -29,7 +29,7 @@ class Constraint(NamedTuple):
     requirement: str  # what an error says of other values
     valid: Callable[[Array], Array]
     inverse: Callable[[Array], Array]  # the leaf of a value
-    num_free: Callable[..., int]  # free numbers of one component, from the other axes
+    lost: int = 0  # how many of the last axis follow from the others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +65,6 @@ class Parameter:
     broadcasts: bool = False
 
     @property
-    def leaves(self) -> tuple[str, ...]:
-        return (self.leaf,)
-
-    @property
     def is_log(self) -> bool:
         """Whether the leaf holds logarithms or log-odds."""
         return self.constraint.inverse not in (_same, la.unit)
@@ -80,7 +76,8 @@ class Parameter:
 
     def num_free_parameters(self, leaf: Array, free: np.ndarray) -> int:
         """How many numbers the M-step moves, with one flag for each component."""
-        return int(np.sum(free)) * self.constraint.num_free(*leaf.shape[1:])
+        *axes, last = (1, *leaf.shape[1:])
+        return int(np.sum(free)) * math.prod(axes) * (last - self.constraint.lost)
 
     def checked(self, name: str, value: Array, sizes: dict[str, int]) -> Array:
         """The leaf of a value; `sizes` learns what its letters stand for.
@@ -139,37 +136,47 @@ class Parameter:
 
 def real(leaf: str, shape: str, **settings: Any) -> Parameter:
     """Any finite numbers; the leaf is the value."""
-    identity = Constraint(" holds a NaN or an infinity.", jnp.isfinite, _same, _product)
-    return Parameter(leaf, tuple(shape.split()), identity, **{"reference": 0.0, **settings})
+    constraint = Constraint(" holds a NaN or an infinity.", jnp.isfinite, lambda value: value)
+    return Parameter(leaf, tuple(shape.split()), constraint, **settings)
 
 
 def positive(leaf: str, shape: str, *, zero: bool = False, **settings: Any) -> Parameter:
     """Finite positive numbers, by their logarithms; a 0, where allowed, is floored."""
-    constraint = Constraint(" must be positive and finite.", _positive, jnp.log, _product)
-    if zero:
-        constraint = Constraint(
-            " must be finite and not negative.", _nonnegative, la.floored_log, _product
-        )
+
+    def valid(value: Array) -> Array:
+        return ((value >= 0) if zero else (value > 0)) & jnp.isfinite(value)
+
+    requirement = "finite and not negative" if zero else "positive and finite"
+    inverse = la.floored_log if zero else jnp.log
     settings = {"reference": 1.0, "bounds": logs_that_fit, **settings}
+    constraint = Constraint(f" must be {requirement}.", valid, inverse)
     return Parameter(leaf, tuple(shape.split()), constraint, **settings)
 
 
 def probability(leaf: str, shape: str, **settings: Any) -> Parameter:
     """Numbers in [0, 1], by their log-odds; 0 and 1 are floored."""
-    constraint = Constraint(" must be in [0, 1].", _within_one, _log_odds, _product)
+    constraint = Constraint(
+        " must be in [0, 1].",
+        valid=lambda value: (value >= 0) & (value <= 1),
+        inverse=lambda value: la.floored_log(value) - la.floored_log(1 - value),
+    )
     return Parameter(leaf, tuple(shape.split()), constraint, **{"reference": 0.5, **settings})
 
 
 def simplex(leaf: str, shape: str, **settings: Any) -> Parameter:
     """Probabilities that sum to 1 along the last axis, by their logarithms; a 0 is floored."""
     requirement = ": probabilities must be non-negative and sum to 1 along the last axis."
-    constraint = Constraint(requirement, is_simplex, la.floored_log, _one_less)
+    constraint = Constraint(requirement, is_simplex, la.floored_log, lost=1)
     return Parameter(leaf, tuple(shape.split()), constraint, **{"reference": None, **settings})
 
 
 def direction(leaf: str, shape: str, **settings: Any) -> Parameter:
     """Finite vectors along the last axis that are not zero; the leaf is of any length."""
-    constraint = Constraint(" must be finite and not zero.", _not_zero, la.unit, _one_less)
+
+    def valid(value: Array) -> Array:
+        return jnp.isfinite(value).all(axis=-1) & jnp.any(value != 0, axis=-1)
+
+    constraint = Constraint(" must be finite and not zero.", valid, la.unit, lost=1)
     return Parameter(leaf, tuple(shape.split()), constraint, **{"reference": 1.0, **settings})
 
 
@@ -202,35 +209,3 @@ def is_simplex(value: Array) -> Bool[Array, "*b 1"]:
     slack = 100 * float(jnp.finfo(value.dtype).eps) * value.shape[-1]
     total = jnp.sum(value, axis=-1, keepdims=True)
     return (value >= 0) & (jnp.abs(total - 1) <= slack)
-
-
-def _same(value: Array) -> Array:
-    return value
-
-
-def _positive(value: Array) -> Array:
-    return (value > 0) & jnp.isfinite(value)
-
-
-def _nonnegative(value: Array) -> Array:
-    return (value >= 0) & jnp.isfinite(value)
-
-
-def _not_zero(value: Array) -> Array:
-    return jnp.isfinite(value).all(axis=-1) & jnp.any(value != 0, axis=-1)
-
-
-def _within_one(value: Array) -> Array:
-    return (value >= 0) & (value <= 1)
-
-
-def _log_odds(value: Array) -> Array:
-    return la.floored_log(value) - la.floored_log(1 - value)
-
-
-def _product(*sizes: int) -> int:
-    return math.prod(sizes)
-
-
-def _one_less(*sizes: int) -> int:
-    return math.prod(sizes[:-1]) * (sizes[-1] - 1)

@@ -268,7 +268,7 @@ class FullScale(AbstractDense):
         return replace(self, log_scale=log_scale, below=below)
 
     def with_covariance(self, name: str, value: Array) -> Self:
-        full = full_scale(name, value, *self.log_scale.shape, shared=self.shared)
+        full = full_scale(name, value, self.log_scale, shared=self.shared)
         return replace(self, log_scale=full.log_scale, below=full.below)
 
     def scaled(self, spread: Array, num_components: int) -> Self:
@@ -284,17 +284,18 @@ class FullScale(AbstractDense):
 def full_scale(
     name: str,
     value: ArrayLike,
-    k: int,
-    d: int,
+    like: Float[Array, "k d"],
     *,
     shared: bool | None = False,
     min_spread: float = MIN_SPREAD,
 ) -> FullScale:
     """The scale of covariances (k, d, d), or (d, d) for all; `shared` None takes either.
 
+    It has the dtype and the sizes of `like`, such as the means.
+
     **Raises:** `ValueError` for another shape, or what is no covariance.
     """
-    covariance = jnp.asarray(value)
+    covariance, (k, d) = jnp.asarray(value, like.dtype), like.shape
     shared = covariance.ndim == 2 if shared is None else shared
     check_shape(name, covariance, (d, d) if shared else (k, d, d))
     covariance = covariance.reshape(-1, d, d)
@@ -306,7 +307,8 @@ def full_scale(
     proper = (jnp.diagonal(factor, axis1=-2, axis2=-1) > 0) & jnp.isfinite(factor).all(axis=-1)
     check_values(proper, f"{name} is not positive definite, or not finite.")
     log_scale, below = la.parts_of_lower(factor)
-    return _full_scale(log_scale, below, shared, min_spread)
+    spread = check_min_spread(min_spread)
+    return FullScale(log_scale=log_scale, below=below, shared=shared, min_spread=spread)
 
 
 def pooled_full_scale(
@@ -314,7 +316,7 @@ def pooled_full_scale(
     mean: Float[Array, " d"],
     sample_weight: Float[Array, " n"],
     *,
-    shared: bool = False,
+    tied: bool = False,
     min_spread: float = MIN_SPREAD,
 ) -> FullScale:
     """The covariance of all data, for one component.
@@ -328,13 +330,5 @@ def pooled_full_scale(
     log_scale, below = la.parts_of_lower(factor)
     log_scale = jnp.maximum(log_scale + jnp.log(size), least_log_scale(size))
     below = below * size[:, None]
-    return _full_scale(log_scale[None], below[None], shared, min_spread)
-
-
-def _full_scale(log_scale: Array, below: Array, shared: bool, min_spread: float) -> FullScale:
-    return FullScale(
-        log_scale=log_scale,
-        below=below,
-        shared=shared,
-        min_spread=check_min_spread(min_spread),
-    )
+    spread = check_min_spread(min_spread)
+    return FullScale(log_scale=log_scale[None], below=below[None], shared=tied, min_spread=spread)

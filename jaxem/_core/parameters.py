@@ -57,7 +57,7 @@ def frozen_mask(module: Any, name: str) -> bool | np.ndarray:
 
 def update(module: _T, **leaves: Any) -> _T:
     """The module with new leaves, except in what is frozen, which stays as it is."""
-    owner = {leaf: name for name, p in module.parameters.items() for leaf in p.leaves}  # pyright: ignore[reportAttributeAccessIssue]
+    owner = {p.leaf: name for name, p in module.parameters.items()}  # pyright: ignore[reportAttributeAccessIssue]
     masks = {leaf: frozen_mask(module, owner[leaf]) for leaf in leaves if leaf in owner}
     return replace(
         module,
@@ -86,25 +86,36 @@ def free(module: Any, name: str) -> np.ndarray:
 
 def leading_size(module: Any, name: str) -> int:
     """The length of the leading axis of the leaves behind a parameter."""
-    behind = getattr(module, module.parameters[name].leaves[0])
+    behind = getattr(module, module.parameters[name].leaf)
     return jax.tree.leaves(behind)[0].shape[0]
 
 
 def with_frozen(frame: _T, model: _T) -> _T:
     """`frame`, with what is frozen taken from `model`: equal values, another derivative."""
-    for name, mask in frame.frozen if isinstance(frame, Parametrized) else ():
-        for leaf in frame.parameters[name].leaves:  # pyright: ignore[reportAttributeAccessIssue]
+
+    def one(frame: Any, model: Any) -> Any:
+        for name, mask in frame.frozen:
+            leaf = frame.parameters[name].leaf
             rows = True if mask is None else np.asarray(mask)
             kept = where_rows(rows, getattr(model, leaf), getattr(frame, leaf))
             frame = replace(frame, **{leaf: kept})
-    for field, own in _inner(frame):
-        other = getattr(model, field)
-        if isinstance(own, tuple):
-            merged: Any = tuple(with_frozen(a, b) for a, b in zip(own, other, strict=True))
-        else:
-            merged = with_frozen(own, other)
-        frame = replace(frame, **{field: merged})
-    return frame
+        return frame
+
+    return _map_modules(one, frame, model)
+
+
+def _map_modules(change: Callable[..., Any], module: Any, *others: Any) -> Any:
+    """`change(module, *others)` of every module with named parameters, the inner ones first."""
+    if isinstance(module, tuple):
+        together = zip(module, *others, strict=True)
+        return tuple(_map_modules(change, *parts) for parts in together)
+    if not isinstance(module, Parametrized):
+        return module
+    inner = {
+        field: _map_modules(change, value, *(getattr(other, field) for other in others))
+        for field, value in _inner(module)
+    }
+    return change(replace(module, **inner), *others)
 
 
 def _inner(module: Any) -> Iterator[tuple[str, Any]]:
@@ -175,28 +186,27 @@ def free_numbers(model: _T) -> tuple[jax.Array, Callable[[jax.Array], _T]]:
 
 def _without_frames(module: _T) -> _T:
     """The module with zeros in leaves behind no parameter; one without names has none."""
-    if isinstance(module, tuple):
-        return tuple(map(_without_frames, module))  # pyright: ignore[reportReturnType]
-    if not isinstance(module, Parametrized):
-        return module
-    behind = {leaf for p in module.parameters.values() for leaf in p.leaves}  # pyright: ignore[reportAttributeAccessIssue]
-    changes = {field: _without_frames(value) for field, value in _inner(module)}
-    for field in dataclasses.fields(module):  # pyright: ignore[reportArgumentType]
-        others = behind | changes.keys()
-        if field.name not in others and not field.metadata.get("static", False):
-            changes[field.name] = jax.tree.map(jnp.zeros_like, getattr(module, field.name))
-    return replace(module, **changes)
+
+    def one(module: Any) -> Any:
+        behind = {p.leaf for p in module.parameters.values()} | {f for f, _ in _inner(module)}
+        others = {
+            field.name: jax.tree.map(jnp.zeros_like, getattr(module, field.name))
+            for field in dataclasses.fields(module)
+            if field.name not in behind and not field.metadata.get("static", False)
+        }
+        return replace(module, **others)
+
+    return _map_modules(one, module)
 
 
 def within_bounds(module: _T) -> _T:
     """The module with parameters moved to where estimates lie, such as degrees of freedom."""
-    if isinstance(module, tuple):
-        return tuple(map(within_bounds, module))  # pyright: ignore[reportReturnType]
-    if not isinstance(module, Parametrized):
-        return module
-    leaves = {p.leaf: p.within(getattr(module, p.leaf)) for p in module.parameters.values()}
-    inner = {field: within_bounds(value) for field, value in _inner(module)}
-    return replace(update(module, **leaves), **inner)  # pyright: ignore[reportReturnType]
+
+    def one(module: Any) -> Any:
+        leaves = {p.leaf: p.within(getattr(module, p.leaf)) for p in module.parameters.values()}
+        return update(module, **leaves)
+
+    return _map_modules(one, module)
 
 
 def estimates(model: Any) -> Any:

@@ -23,23 +23,26 @@ The R Journal 8 (the names, as in mclust).
 from __future__ import annotations
 
 import math
-from typing import Self
+from typing import Any, Self
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
-from numpy.typing import ArrayLike
 
 from jaxem._core import covariance_steps as steps
 from jaxem._core import linalg as la
 from jaxem._core.checks import check_shape, check_values
+from jaxem._core.dense_scales import AbstractDense
 from jaxem._core.orientations import common_axes, own_axes
 from jaxem._core.orthogonal import orthonormal
+from jaxem._core.parameters import replace
+from jaxem._core.scales import HALF_LOG_2PI, MIN_SPREAD, check_min_spread
 
 STRUCTURES = tuple("EII VII EEI VEI EVI VVI EEE VEE EVE VVE EEV VEV EVV VVV".split())
 
 
-class Parsimonious(eqx.Module):
+class Parsimonious(AbstractDense):
     """K covariances of D features in one of fourteen structures.
 
     The leaves are unconstrained: any numbers are a model, but a singular `orientation`. One
@@ -62,55 +65,67 @@ class Parsimonious(eqx.Module):
     name: str = eqx.field(static=True)
     num_components: int = eqx.field(static=True)
     num_features: int = eqx.field(static=True)
+    min_spread: float = eqx.field(static=True)
+    shared: bool = eqx.field(static=True)  # False: moments are those of each component
+    expanded: bool = eqx.field(static=True, default=False)
 
     @property
     def pattern(self) -> str:
         """The structure, without what one component or one feature cannot tell apart."""
         return _pattern(self.name, self.num_components, self.num_features)
 
-    @property
-    def num_free_parameters(self) -> int:
+    def num_free_parameters(self, free: np.ndarray) -> int:
         k, d = self.num_components, self.num_features
         sizes = (1, d - 1, d * (d - 1) // 2)
         number = {"I": 0, "E": 1, "V": k}
-        return sum(number[letter] * size for letter, size in zip(self.pattern, sizes, strict=True))
+        moves = sum(number[own] * size for own, size in zip(self.pattern, sizes, strict=True))
+        return moves if np.all(free) else 0
 
-    def factor(self) -> Float[Array, "c d d"]:
-        """A square root L of each covariance, Σ = L Lᵀ; one where all is shared."""
+    @property
+    def least_count(self) -> int:
+        return self.num_features + 1 if self.name[1:] == "VV" else 0
+
+    def factor(self) -> Float[Array, "k d d"]:
         scale = jnp.exp(self.log_volume)[:, None, None]
         if _is_triangular(self.pattern):
-            return scale * self._lower()
+            return self._each(scale * self._lower())
+        shape = jnp.exp(self._log_shape())
         if self.orientation is None:
-            return scale * jnp.exp(self._log_shape())[..., None] * self._eye()
-        return scale * orthonormal(self.orientation) * jnp.exp(self._log_shape())[:, None, :]
+            return self._each(scale * shape[..., None] * self._eye())
+        return self._each(scale * orthonormal(self.orientation) * shape[:, None, :])
 
-    def whitener(self) -> Float[Array, "c d d"]:
-        """The inverse L⁻¹ of each factor."""
+    def whitener(self) -> Float[Array, "k d d"]:
         scale = jnp.exp(-self.log_volume)[:, None, None]
         if _is_triangular(self.pattern):
-            return scale * la.inverse_of_lower(self._lower())
-        inverse = jnp.exp(-self._log_shape())[..., None]
+            return self._each(scale * la.inverse_of_lower(self._lower()))
+        shape = jnp.exp(-self._log_shape())[..., None]
         if self.orientation is None:
-            return scale * inverse * self._eye()
-        return scale * inverse * la.transpose(orthonormal(self.orientation))
+            return self._each(scale * shape * self._eye())
+        return self._each(scale * shape * la.transpose(orthonormal(self.orientation)))
 
-    def log_det(self) -> Float[Array, " c"]:
-        """log|L|, half the log-determinant of each covariance."""
-        c = self.num_components if "V" in self.pattern else 1
-        return jnp.broadcast_to(self.num_features * self.log_volume, (c,))
+    def log_norm(self) -> Float[Array, " k"]:
+        return self._each(-self.num_features * (self.log_volume + HALF_LOG_2PI))
 
     @property
     def covariance(self) -> Float[Array, "k d d"]:
-        k, d = self.num_components, self.num_features
         factor = self.factor()
-        return jnp.broadcast_to(la.matmul(factor, la.transpose(factor)), (k, d, d))
+        return la.matmul(factor, la.transpose(factor))
 
-    def scaled(self, spread: ArrayLike) -> Self:
-        """All variances times `spread`."""
-        volume = self.log_volume + 0.5 * la.floored_log(jnp.asarray(spread, self.log_volume.dtype))
-        return self._with(volume, self.log_shape, self.orientation)
+    def with_covariance(self, name: str, value: Array) -> Self:
+        return self.from_covariance(self.name, value, self.min_spread)
 
-    def maximize(self, scatter: Float[Array, "k d d"], count: Float[Array, " k"]) -> Self:
+    def scaled(self, spread: Array, num_components: int) -> Self:
+        factor = self.factor()[:1]
+        factor = jnp.broadcast_to(factor, (num_components, *factor.shape[1:]))
+        new = self.from_factor(self.name, factor, self.min_spread)
+        volume = new.log_volume + 0.5 * la.floored_log(jnp.asarray(spread, factor.dtype))
+        return replace(new, log_volume=volume)
+
+    def best_covariance(self, scatter: Array, count: Array) -> Float[Array, "k d d"]:
+        relative = la.matmul(self.whitener(), self.best(scatter, count).factor())
+        return la.matmul(relative, la.transpose(relative))
+
+    def best(self, scatter: Float[Array, "k d d"], count: Float[Array, " k"]) -> Self:
         """The maximiser of the expected log-likelihood; what has no count of its own stays.
 
         Its derivatives in `scatter` and `count` are those of the maximiser, in both modes and to
@@ -130,10 +145,11 @@ class Parsimonious(eqx.Module):
         volume = jnp.maximum(volume, math.log(jnp.finfo(volume.dtype).tiny))
         if len(volume) == len(present):
             volume = jnp.where(present, volume, self.log_volume)
-        return self._with(
-            volume,
-            _where(present, shape, self.log_shape),
-            _where(present, orientation, self.orientation),
+        return replace(
+            self,
+            log_volume=volume,
+            log_shape=_where(present, shape, self.log_shape),
+            orientation=_where(present, orientation, self.orientation),
         )
 
     def _maximum(self, each: Array, share: Array) -> tuple[Array, Array | None, Array | None]:
@@ -153,7 +169,9 @@ class Parsimonious(eqx.Module):
         return volume, None if self.log_shape is None else shape, orientation
 
     @classmethod
-    def from_covariance(cls, name: str, covariance: Float[Array, "k d d"]) -> Self:
+    def from_covariance(
+        cls, name: str, covariance: Float[Array, "k d d"], min_spread: float = MIN_SPREAD
+    ) -> Self:
         """The maximiser for components of equal counts that have these covariances.
 
         **Raises:** `ValueError` for a name that is no structure, for another shape, or for matrices
@@ -168,10 +186,12 @@ class Parsimonious(eqx.Module):
         unit = jnp.sqrt(variance)
         factor = la.cholesky(covariance / unit[:, :, None] / unit[:, None, :])
         check_values(jnp.isfinite(factor), "covariance must be positive definite.")
-        return cls.from_factor(name, unit[:, :, None] * factor)
+        return cls.from_factor(name, unit[:, :, None] * factor, min_spread)
 
     @classmethod
-    def from_factor(cls, name: str, factor: Float[Array, "k d d"]) -> Self:
+    def from_factor(
+        cls, name: str, factor: Float[Array, "k d d"], min_spread: float = MIN_SPREAD
+    ) -> Self:
         """As `from_covariance`, of Σ = L Lᵀ: for covariances too small or large to be formed.
 
         **Raises:** `ValueError` for a name that is no structure, or for another shape.
@@ -197,14 +217,23 @@ class Parsimonious(eqx.Module):
             start = jnp.zeros_like(eye) if _is_triangular(pattern) else eye
             orientation = jnp.broadcast_to(start, (size[pattern[2]], d, d))
         volume = jnp.broadcast_to(jnp.mean(logs), (size[pattern[0]],))
-        start = cls(volume, shape, orientation, name, k, d)
+        start = cls(
+            log_volume=volume,
+            log_shape=shape,
+            orientation=orientation,
+            name=name,
+            num_components=k,
+            num_features=d,
+            min_spread=check_min_spread(min_spread),
+            shared=False,
+        )
         whitened = factor / jnp.exp(logs)[:, None]
         scatter = la.matmul(whitened, la.transpose(whitened))
-        return start.maximize(scatter, jnp.ones(k, logs.dtype))
+        return start.best(scatter, jnp.ones(k, logs.dtype))
 
-    def _with(self, log_volume: Array, log_shape: Array | None, orientation: Array | None) -> Self:
-        k, d = self.num_components, self.num_features
-        return type(self)(log_volume, log_shape, orientation, self.name, k, d)
+    def _each(self, leaf: Array) -> Any:
+        """One of what is shared, for each component."""
+        return jnp.broadcast_to(leaf, (self.num_components, *leaf.shape[1:]))
 
     def _eye(self) -> Float[Array, "d d"]:
         return jnp.eye(self.num_features, dtype=self.log_volume.dtype)

@@ -136,6 +136,17 @@ def shortened(step: Array, reach: Array, limit: Array) -> Array:
 
 
 @jax.custom_jvp
+def linear_tilt(tilt: Float[Array, "k t"], t: Float[Array, "t n"]) -> Float[Array, "k n"]:
+    """T t at T = 0: the value costs nothing, and its derivative by T is t."""
+    return jnp.zeros((tilt.shape[0], t.shape[1]), t.dtype)
+
+
+@linear_tilt.defjvp
+def _linear_tilt_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    return linear_tilt(*primals), la.matmul(tangents[0], primals[1])
+
+
+@jax.custom_jvp
 def square_tilt(tilt: Float[Array, "*b t t"], t: Float[Array, "*b t n"]) -> Float[Array, "*b n"]:
     """tᵀ T t at T = 0: the value costs nothing, and its derivative by T is t tᵀ."""
     shape = jnp.broadcast_shapes(tilt.shape[:-2], t.shape[:-2])

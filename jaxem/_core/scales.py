@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import equinox as eqx
@@ -41,6 +42,11 @@ class Moments(NamedTuple):
     def count(self) -> Float[Array, " k"]:
         """How many observations each component has."""
         return self.mean_count
+
+    @property
+    def combined(self) -> Moments:
+        """Moments of data and prior, which mean and scale are maximised by."""
+        return self
 
 
 class AbstractScale(eqx.Module):
@@ -130,15 +136,12 @@ class ScaleParameter(NamedTuple):
     """A covariance, or what a family calls it, with a scale behind it."""
 
     leaf: str
+    pooled: Callable[..., AbstractScale]  # of data, their mean and weights, for one component
     counted: tuple[str, ...] = ()
     collapsed: str = ""
     role: str = "scale"
     is_log: bool = False
     separate: bool = True  # whether components have covariances apart, which a mask may freeze
-
-    @property
-    def leaves(self) -> tuple[str, ...]:
-        return (self.leaf,)
 
     def is_shared(self, module: Any) -> bool:
         """Whether components share it."""
@@ -162,3 +165,7 @@ class ScaleParameter(NamedTuple):
     def within(self, scale: AbstractScale) -> AbstractScale:
         """The scale; its own maximum keeps it in bounds."""
         return scale
+
+    def scaled(self, scale: AbstractScale, spread: Array, num_components: int) -> AbstractScale:
+        """The first component's covariance, times `spread`, for each of so many components."""
+        return scale.scaled(spread, num_components)

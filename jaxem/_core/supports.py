@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from jaxem._core.checks import check_codes, check_continuous, check_counts, concrete, num_features
-from jaxem._core.numerics import is_count
+from jaxem._core.numerics import finite, is_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +38,10 @@ class Support:
         """Raises `ValueError` for data of another shape or dtype; any size where none is known."""
         self.kind(x, sizes.get(self.columns, num_features(x)), dtype, who)
 
-    def contains(self, x: Array, sizes: Mapping[str, int]) -> Bool[Array, " n"]:
+    def contains(self, x: Any, sizes: Mapping[str, int]) -> Bool[Array, " n"]:
         """Whether each observation is a possible one."""
-        return jnp.all(self.possible(x, sizes).reshape(x.shape[0], -1), axis=1)
+        flags = self.possible(x, sizes)
+        return jnp.all(flags.reshape(flags.shape[0], -1), axis=1)
 
     def sizes_in(self, x: Array, options: Mapping[str, Any]) -> tuple[dict[str, int], Any]:
         """The sizes that data say, and those options of a start that are none of them.
@@ -61,8 +62,46 @@ class Support:
         return sizes, left
 
 
+@dataclasses.dataclass(frozen=True)
+class Regressed:
+    """Data (u, y) of inputs (n, p) and outputs (n, d), or (u, y, e) with exposures (n, d)."""
+
+    outputs: Support
+    exposures: bool = False
+
+    @property
+    def continuous(self) -> bool:
+        return self.outputs.continuous
+
+    def check(self, x: Any, sizes: Mapping[str, int], dtype: Any, who: str) -> None:
+        """Raises `ValueError` for data of another kind; any size where none is known."""
+        if not isinstance(x, tuple) or not 2 <= len(x) <= 2 + self.exposures:
+            given = f"a tuple of {len(x)}" if isinstance(x, tuple) else type(x).__name__
+            more = " and perhaps exposures (n, d)" if self.exposures else ""
+            raise ValueError(
+                f"{who} expects a tuple of inputs (n, p) and outputs (n, d){more}; got {given}."
+            )
+        u, y, *exposure = x
+        check_continuous(u, sizes.get("p", num_features(u)), dtype, f"{who} (inputs)")
+        self.outputs.check(y, sizes, dtype, f"{who} (outputs)")
+        for e in exposure:
+            check_continuous(e, num_features(y), dtype, f"{who} (exposures)")
+
+    def contains(self, x: Any, sizes: Mapping[str, int]) -> Bool[Array, " n"]:
+        """Whether each observation is a possible one."""
+        u, y, *exposure = x
+        flags = [finite(u), self.outputs.contains(y, sizes)]
+        flags += [positives("n d").contains(e, sizes) for e in exposure]
+        return jnp.all(jnp.stack(flags), axis=0)
+
+
 def _second(shape: str) -> str:
     return shape.split()[1]
+
+
+def trees() -> Support:
+    """Any PyTrees of arrays, with finite numbers."""
+    return Support("", lambda x, *_: None, lambda x, _: finite(x))
 
 
 def reals(shape: str) -> Support:

@@ -3,15 +3,14 @@
 from typing import ClassVar
 
 import equinox as eqx
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 from numpy.typing import ArrayLike
 
-from jaxem._core.axis_scales import axis_scale, pooled_axis_scale
+from jaxem._core.axis_scales import AxisScale, axis_scale, pooled_axis_scale
 from jaxem._core.constraints import leaves_of
-from jaxem._core.parameters import Frozen, build
-from jaxem._core.scales import MIN_SPREAD, AbstractScale
-from jaxem.emissions._gaussian import MEAN, SCALE, AbstractGaussian
+from jaxem._core.parameters import Frozen
+from jaxem._core.scales import MIN_SPREAD
+from jaxem.emissions._gaussian import MEAN, AbstractGaussian, scale
 
 
 class DiagonalGaussian(AbstractGaussian):
@@ -25,30 +24,24 @@ class DiagonalGaussian(AbstractGaussian):
     **Raises:** `ValueError` for other shapes or variances that are not positive.
     """
 
-    parameters: ClassVar = {"mean": MEAN, "variance": SCALE}
-    scale_name: ClassVar = "variance"
+    parameters: ClassVar = {
+        "mean": MEAN,
+        "variance": scale(pooled_axis_scale, spherical=False),
+    }
     mean: Float[Array, "k d"]
-    structure: AbstractScale
+    structure: AxisScale
     frozen: Frozen = eqx.field(static=True)
 
     def __init__(self, mean: ArrayLike, variance: ArrayLike, *, min_spread: float = MIN_SPREAD):
         self.mean, self.frozen = leaves_of(self.parameters, mean=mean)["mean"], ()
-        variance = jnp.asarray(variance, self.mean.dtype)
         self.structure = axis_scale(
-            "variance", variance, *self.mean.shape, spherical=False, min_spread=min_spread
+            "variance", variance, self.mean, spherical=False, min_spread=min_spread
         )
 
     @property
     def variance(self) -> Array:
         """Variances, in the shape that the constructor takes."""
         return self.structure.covariance
-
-    @classmethod
-    def around(cls, x, mean, sample_weight, *, tied: bool = False, min_spread: float = MIN_SPREAD):
-        scale = pooled_axis_scale(
-            x, mean, sample_weight, spherical=False, shared=tied, min_spread=min_spread
-        )
-        return build(cls, mean=mean[None], structure=scale, frozen=())
 
 
 class SphericalGaussian(AbstractGaussian):
@@ -61,27 +54,21 @@ class SphericalGaussian(AbstractGaussian):
     **Raises:** `ValueError` for other shapes or variances that are not positive.
     """
 
-    parameters: ClassVar = {"mean": MEAN, "variance": SCALE}
-    scale_name: ClassVar = "variance"
+    parameters: ClassVar = {
+        "mean": MEAN,
+        "variance": scale(pooled_axis_scale, spherical=True),
+    }
     mean: Float[Array, "k d"]
-    structure: AbstractScale
+    structure: AxisScale
     frozen: Frozen = eqx.field(static=True)
 
     def __init__(self, mean: ArrayLike, variance: ArrayLike, *, min_spread: float = MIN_SPREAD):
         self.mean, self.frozen = leaves_of(self.parameters, mean=mean)["mean"], ()
-        variance = jnp.asarray(variance, self.mean.dtype)
         self.structure = axis_scale(
-            "variance", variance, *self.mean.shape, spherical=True, min_spread=min_spread
+            "variance", variance, self.mean, spherical=True, min_spread=min_spread
         )
 
     @property
     def variance(self) -> Array:
         """Variances, in the shape that the constructor takes."""
         return self.structure.covariance
-
-    @classmethod
-    def around(cls, x, mean, sample_weight, *, tied: bool = False, min_spread: float = MIN_SPREAD):
-        scale = pooled_axis_scale(
-            x, mean, sample_weight, spherical=True, shared=tied, min_spread=min_spread
-        )
-        return build(cls, mean=mean[None], structure=scale, frozen=())

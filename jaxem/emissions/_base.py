@@ -2,8 +2,8 @@
 
 import abc
 import functools
-from collections.abc import Callable
-from typing import Any, Self, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Self, TypeVar
 
 import equinox.internal as eqxi
 import jax
@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxem._core.blocks import fits_one_block, sum_over_observations
+from jaxem._core.parameters import Frozen
 from jaxem.factors._base import AbstractFactor
 
 
@@ -57,6 +58,10 @@ class AbstractEmission(AbstractFactor):
     def sample(self, key: Array, z: Int[Array, " n"]) -> PyTree[Array]:
         """One draw from component z for each entry of `z`."""
 
+
+class AbstractStarting(AbstractEmission):
+    """An emission that starts can be made of, from data."""
+
     @classmethod
     @abc.abstractmethod
     def pooled(
@@ -86,15 +91,51 @@ class AbstractExpandable(AbstractEmission):
 
 
 class AbstractNested(AbstractEmission):
-    """An emission that is made of others."""
+    """An emission that is made of others, none or several, and has no leaves besides theirs.
 
-    @abc.abstractmethod
+    Sums are a tuple with those of each part.
+    """
+
+    parameters: ClassVar = {}
+    frozen: ClassVar[Frozen] = ()
+
     def inner(self) -> tuple[AbstractEmission, ...]:
         """The emissions that it is made of."""
+        return tuple(jax.tree.leaves(self, is_leaf=self._is_part))
 
-    @abc.abstractmethod
-    def with_inner(self, parts: tuple[Any, ...]) -> Self:
+    def with_inner(self, parts: Iterable[AbstractEmission]) -> Self:
         """The same, made of these emissions."""
+        return jax.tree.unflatten(jax.tree.structure(self, is_leaf=self._is_part), list(parts))
+
+    def _is_part(self, node: Any) -> bool:
+        return isinstance(node, AbstractEmission) and node is not self
+
+    @property
+    def num_free_parameters(self) -> int:
+        return sum(part.num_free_parameters for part in self.inner())
+
+    def tilt(self) -> tuple[Any, ...]:
+        return tuple(part.tilt() for part in self.inner())
+
+    def m_step(self, sums: tuple[Any, ...]) -> Self:
+        pairs = zip(self.inner(), sums, strict=True)
+        return self.with_inner(part.m_step(own) for part, own in pairs)
+
+    def reframe(self, sums: tuple[Any, ...], old: Self) -> tuple[Any, ...]:
+        triples = zip(self.inner(), sums, old.inner(), strict=True)
+        return tuple(part.reframe(own, before) for part, own, before in triples)
+
+    def expected_log_prob(self, sums: tuple[Any, ...]) -> Float[Array, ""]:
+        pairs = zip(self.inner(), sums, strict=True)
+        return jnp.asarray(sum((part.expected_log_prob(own) for part, own in pairs), 0.0))
+
+    def degenerate(self, sums: tuple[Any, ...]) -> Bool[Array, " k"]:
+        """Components any part of which is."""
+        flags = jnp.zeros(self.num_components, bool)
+        for part, own in zip(self.inner(), sums, strict=True):
+            each = part.degenerate(own).reshape(self.num_components, -1)
+            flags = flags | jnp.any(each, axis=1)
+        return flags
 
 
 Emission = TypeVar("Emission", bound=AbstractEmission)
@@ -158,7 +199,7 @@ def expanded_form(emission: AbstractEmission) -> tuple[Bool[Array, ""], Any] | N
         return None
     safe = jnp.all(jnp.stack([safe for safe, _ in found]))
     cheaper = (p if f is None else f[1] for p, f in zip(parts, forms, strict=True))
-    return safe, emission.with_inner(tuple(cheaper))
+    return safe, emission.with_inner(cheaper)
 
 
 def build(family: Any) -> tuple[Any, dict[str, Any]]:
@@ -169,5 +210,10 @@ def build(family: Any) -> tuple[Any, dict[str, Any]]:
     if not (isinstance(cls, type) and issubclass(cls, AbstractEmission)):
         raise ValueError(
             f"a family is an emission class, or functools.partial of one; got {family!r}."
+        )
+    if not issubclass(cls, AbstractStarting):
+        raise ValueError(
+            f"{cls.__name__} cannot make a start of its own: build the components, as in "
+            f"Mixture(weights, {cls.__name__}(…))."
         )
     return cls, keywords

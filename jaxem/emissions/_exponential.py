@@ -1,10 +1,9 @@
 """Exponential components: positive durations, independent given the component.
 
-E-step: log p = Σ_d log λ − λ x. Statistics are (Σr, λ Σr x), which has no unit. M-step:
-λ ← λ Σr / (λ Σr x).
+E-step: log p = Σ_d log λ − λ x, with x in units of its mean. M-step: λ ← Σr / Σr x.
 """
 
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -16,15 +15,10 @@ from jaxem._core import linalg as la
 from jaxem._core.constraints import leaves_of, positive
 from jaxem._core.parameters import Frozen
 from jaxem._core.supports import positives
-from jaxem.emissions._family import AbstractExponentialFamily
+from jaxem.emissions._natural import AbstractNaturalFamily
 
 
-class DurationTotals(NamedTuple):
-    count: Float[Array, "k d"]  # Σ r
-    total: Float[Array, "k d"]  # λ Σ r x
-
-
-class Exponential(AbstractExponentialFamily):
+class Exponential(AbstractNaturalFamily):
     """Independent durations, x_d ~ Exponential(λ_kd) with mean 1/λ.
 
     **Arguments:** `rate` (k, d), positive. Data: floating, not negative, shape (n, d). A prior
@@ -48,22 +42,22 @@ class Exponential(AbstractExponentialFamily):
     def rate(self) -> Float[Array, "k d"]:
         return jnp.exp(self.log_rate)
 
-    def log_prob(self, x: Float[Array, "n d"], tilt: DurationTotals) -> Float[Array, "n k"]:
-        log_norm = jnp.sum(self.log_rate + tilt.count, axis=1)
-        return (la.repeat(log_norm, len(x)) + la.matmul((tilt.total - 1) * self.rate, x.T)).T
+    def log_density(self, x):
+        return la.repeat(jnp.sum(self.log_rate, axis=1), x.shape[1]) - la.matmul(self.rate, x)
 
-    def canonical(self):
-        return DurationTotals(self.log_rate, -jnp.ones_like(self.log_rate))
+    def natural(self):
+        return -self.rate, -self.log_rate
 
-    def expected(self):
-        return DurationTotals(jnp.ones_like(self.log_rate), jnp.ones_like(self.log_rate))
+    @property
+    def log_mean(self) -> Float[Array, "k d"]:
+        return -self.log_rate
+
+    @property
+    def log_unit(self) -> Float[Array, "k d"]:
+        return -self.log_rate
 
     def maximize(self, sums):
-        growth = la.floored_log(sums.count) - la.floored_log(sums.total)
-        return {"log_rate": self.log_rate + growth}
-
-    def reframe(self, sums, old):
-        return sums._replace(total=sums.total * jnp.exp(self.log_rate - old.log_rate))
+        return {"log_rate": -self.log_average(sums)}
 
     def sample(self, key, z):
         rate = self.rate[z]

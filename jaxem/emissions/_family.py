@@ -1,4 +1,4 @@
-"""Families with sufficient statistics: what follows from a few equations and two declarations.
+"""Families with declared parameters and supports: what follows from a few equations.
 
 A family declares `parameters` and `support`, and writes `log_prob(x, tilt)`, `canonical()`,
 `expected()`, `maximize(sums)`, `reframe(sums, old)` and `sample(key, z)`. The rest follows, once
@@ -23,17 +23,15 @@ from jaxem._core.numerics import as_float, divide, float_dtype, pseudo_count
 from jaxem._core.parameters import free, replace, update, where_rows, within_bounds
 from jaxem._core.statistics import Framed
 from jaxem._core.supports import Support
-from jaxem.emissions._base import AbstractEmission, sums_of
+from jaxem.emissions._base import AbstractEmission, AbstractStarting, sums_of
 
 _ROUNDS = 6
 
 
 class AbstractFamily(AbstractEmission):
-    """An emission whose statistics are sums of functions t(x) of the data.
+    """An emission that declares its parameters and its support.
 
-    Sums are a NamedTuple with a field or property `count`, how many observations each component
-    has, (k,) or (k, d). The first declared parameter has one entry for each component. The
-    constructor takes the parameters by name.
+    The first declared parameter has one entry for each component.
     """
 
     parameters: eqx.AbstractClassVar[Mapping[str, Any]]
@@ -42,18 +40,6 @@ class AbstractFamily(AbstractEmission):
     @abc.abstractmethod
     def canonical(self) -> PyTree[Array]:
         """η with Q(self; sums) = ⟨η, sums⟩, for sums about self."""
-
-    @abc.abstractmethod
-    def expected(self) -> PyTree[Array]:
-        """E t(x) about self: the sums of one observation of each component's own law."""
-
-    @abc.abstractmethod
-    def maximize(self, sums: PyTree[Array]) -> dict[str, Any]:
-        """The leaves of the maximiser of Q, by field, with what is frozen taken into account.
-
-        What is returned for frozen parameters, and for components without observations, is not
-        used.
-        """
 
     def free(self, name: str) -> np.ndarray:
         """Which components' parameter `name` is free; of length 1 if they share it."""
@@ -90,6 +76,38 @@ class AbstractFamily(AbstractEmission):
         shapes = jax.eval_shape(lambda: self.canonical())
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
+    def expected_log_prob(self, sums: PyTree[Array]) -> Float[Array, ""]:
+        products = jax.tree.map(lambda a, b: jnp.sum(a * b), self.canonical(), sums)
+        return sum(jax.tree.leaves(products), jnp.zeros((), float_dtype(self)))
+
+    def repeated(self, num_components: int, spread: Float[Array, ""]) -> Self:
+        """The first component, for each of so many, with variances multiplied by `spread`."""
+        leaves = {
+            p.leaf: p.scaled(self.leaf(name), spread, num_components)
+            for name, p in self.parameters.items()
+        }
+        return replace(self, **leaves)
+
+
+class AbstractConjugateFamily(AbstractFamily):
+    """A family whose statistics are sums of functions t(x) of the data.
+
+    Sums are a NamedTuple with a field or property `count`, how many observations each component
+    has, (k,) or (k, d). The constructor takes the parameters by name.
+    """
+
+    @abc.abstractmethod
+    def expected(self) -> PyTree[Array]:
+        """E t(x) about self: the sums of one observation of each component's own law."""
+
+    @abc.abstractmethod
+    def maximize(self, sums: PyTree[Array]) -> dict[str, Any]:
+        """The leaves of the maximiser of Q, by field, with what is frozen taken into account.
+
+        What is returned for frozen parameters, and for components without observations, is not
+        used.
+        """
+
     def m_step(self, sums: PyTree[Array]) -> Self:
         present = _observations(sums) > 0
         leaves = self.maximize(sums)
@@ -101,10 +119,6 @@ class AbstractFamily(AbstractEmission):
                     lambda new, old: where_rows(_rows(present, old), new, old), new, old
                 )
         return update(self, **leaves)
-
-    def expected_log_prob(self, sums: PyTree[Array]) -> Float[Array, ""]:
-        products = jax.tree.map(lambda a, b: jnp.sum(a * b), self.canonical(), sums)
-        return sum(jax.tree.leaves(products), jnp.zeros((), float_dtype(self)))
 
     def prior(self, count: ArrayLike | Mapping[str, ArrayLike] = 0.0, **law: ArrayLike) -> Framed:
         """A conjugate prior, as if `count` observations of a law had been seen.
@@ -146,12 +160,9 @@ class AbstractFamily(AbstractEmission):
         count = count if leaf.shape[0] == k else jnp.mean(count, keepdims=True)
         return count.reshape(-1, *(1,) * (leaf.ndim - 1)) * leaf
 
-
-class AbstractExponentialFamily(AbstractFamily):
-    """Families whose starts and degeneracy follow from a few M-steps."""
-
-    def degenerate(self, sums: PyTree[Array]) -> Bool[Array, " k"]:
-        flags = _observations(sums) < 1
+    def collapsed(self, sums: PyTree[Array]) -> Bool[Array, " k"]:
+        """Components with an estimate that means collapse, at the maximum that the sums ask for."""
+        flags = jnp.zeros(self.num_components, bool)
         collapsible = {
             n: p for n, p in self.parameters.items() if p.collapsed or p.role == "spread"
         }
@@ -173,6 +184,13 @@ class AbstractExponentialFamily(AbstractFamily):
                 thin = thin | jnp.any(narrow.reshape(len(thin), -1), axis=1)
             flags = flags | (thin & self.free(name))
         return flags
+
+
+class AbstractExponentialFamily(AbstractConjugateFamily, AbstractStarting):
+    """Families whose starts and degeneracy follow from a few M-steps."""
+
+    def degenerate(self, sums: PyTree[Array]) -> Bool[Array, " k"]:
+        return (_observations(sums) < 1) | self.collapsed(sums)
 
     @classmethod
     def pooled(cls, x, num_components, sample_weight, **options):
@@ -197,11 +215,9 @@ class AbstractExponentialFamily(AbstractFamily):
 
     def located_at(self, x: Array, spread: Float[Array, ""]) -> Self:
         """The M-step from each observation; a family without a spread adds one of self's own."""
-        k = x.shape[0]
-        leaves = {p.leaf: p.scaled(self.leaf(n), spread, k) for n, p in self.parameters.items()}
-        located = replace(self, **leaves, frozen=())
+        located = replace(self.repeated(len(x), spread), frozen=())
         kept = [name for name, p in self.parameters.items() if p.role in ("spread", "shape")]
-        sums = sums_of(located, x, jnp.eye(k, dtype=float_dtype(self)))
+        sums = sums_of(located, x, jnp.eye(len(x), dtype=float_dtype(self)))
         if not any(p.role == "spread" for p in self.parameters.values()):
             sums = jax.tree.map(jnp.add, sums, located.expected())
         moved = freeze(located, *kept).m_step(sums)

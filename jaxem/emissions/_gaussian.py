@@ -5,32 +5,31 @@ the moments (Σr, Σr, Σr y, Σr y yᵀ) about each component's own mean. M-ste
 of the structure.
 """
 
+import functools
 from typing import Any, ClassVar, Self
 
 import equinox as eqx
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 from numpy.typing import ArrayLike
 
 from jaxem._core.constraints import leaves_of, real
-from jaxem._core.dense_scales import full_scale, pooled_full_scale
-from jaxem._core.parameters import Frozen, build, replace
-from jaxem._core.scales import MIN_SPREAD, AbstractScale, Moments, ScaleParameter
+from jaxem._core.dense_scales import FullScale, full_scale, pooled_full_scale
+from jaxem._core.parameters import Frozen, replace
+from jaxem._core.scales import MIN_SPREAD, Moments, ScaleParameter
 from jaxem.emissions._base import AbstractExpandable
 from jaxem.emissions._location_scale import AbstractLocationScale
 
 MEAN = real("mean", "k d", role="location", counted=("mean_count", "first"))
-SCALE = ScaleParameter("structure", counted=("scale_count", "second"))
+
+
+def scale(pooled: Any, separate: bool = True, **settings: Any) -> ScaleParameter:
+    """A covariance, its start by `pooled` with these settings; its own sums are second moments."""
+    start = functools.partial(pooled, **settings)
+    return ScaleParameter("structure", start, ("scale_count", "second"), separate=separate)
 
 
 class AbstractGaussian(AbstractLocationScale, AbstractExpandable):
     """Gaussians N(μₖ, Σₖ) with a scale of any structure."""
-
-    mean: eqx.AbstractVar[Float[Array, "k d"]]
-    structure: eqx.AbstractVar[AbstractScale]
-
-    def moments(self, sums: Moments) -> Moments:
-        return sums
 
     def log_prob(self, x: Float[Array, "n d"], tilt: Moments) -> Float[Array, "n k"]:
         return self.structure.log_prob(x, self.mean, tilt)
@@ -69,27 +68,18 @@ class Gaussian(AbstractGaussian):
     McLachlan & Peel (2000), *Finite Mixture Models*, section 3.2.
     """
 
-    parameters: ClassVar = {"mean": MEAN, "covariance": SCALE}
-    scale_name: ClassVar = "covariance"
+    parameters: ClassVar = {"mean": MEAN, "covariance": scale(pooled_full_scale)}
     mean: Float[Array, "k d"]
-    structure: AbstractScale
+    structure: FullScale
     frozen: Frozen = eqx.field(static=True)
 
     def __init__(self, mean: ArrayLike, covariance: ArrayLike, *, min_spread: float = MIN_SPREAD):
         self.mean, self.frozen = leaves_of(self.parameters, mean=mean)["mean"], ()
-        covariance = jnp.asarray(covariance, self.mean.dtype)
-        self.structure = full_scale(
-            "covariance", covariance, *self.mean.shape, min_spread=min_spread
-        )
+        self.structure = full_scale("covariance", covariance, self.mean, min_spread=min_spread)
 
     @property
     def covariance(self) -> Float[Array, "k d d"]:
         return self.structure.covariance
-
-    @classmethod
-    def around(cls, x, mean, sample_weight, **options):
-        scale = pooled_full_scale(x, mean, sample_weight, **options)
-        return build(cls, mean=mean[None], structure=scale, frozen=())
 
 
 class TiedGaussian(AbstractGaussian):
@@ -101,24 +91,20 @@ class TiedGaussian(AbstractGaussian):
     **Raises:** `ValueError` for other shapes, or values that are not a covariance.
     """
 
-    parameters: ClassVar = {"mean": MEAN, "covariance": SCALE}
-    scale_name: ClassVar = "covariance"
+    parameters: ClassVar = {
+        "mean": MEAN,
+        "covariance": scale(pooled_full_scale, tied=True),
+    }
     mean: Float[Array, "k d"]
-    structure: AbstractScale
+    structure: FullScale
     frozen: Frozen = eqx.field(static=True)
 
     def __init__(self, mean: ArrayLike, covariance: ArrayLike, *, min_spread: float = MIN_SPREAD):
         self.mean, self.frozen = leaves_of(self.parameters, mean=mean)["mean"], ()
-        covariance = jnp.asarray(covariance, self.mean.dtype)
         self.structure = full_scale(
-            "covariance", covariance, *self.mean.shape, shared=True, min_spread=min_spread
+            "covariance", covariance, self.mean, shared=True, min_spread=min_spread
         )
 
     @property
     def covariance(self) -> Float[Array, "d d"]:
         return self.structure.covariance
-
-    @classmethod
-    def around(cls, x, mean, sample_weight, **options):
-        scale = pooled_full_scale(x, mean, sample_weight, shared=True, **options)
-        return build(cls, mean=mean[None], structure=scale, frozen=())

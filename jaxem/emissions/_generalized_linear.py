@@ -23,18 +23,12 @@ from jaxtyping import Array, Bool, Float
 from numpy.typing import ArrayLike
 
 from jaxem._core import linalg as la
-from jaxem._core.blocks import weighted_mean
 from jaxem._core.inputs import InputFrame
 from jaxem._core.numerics import divide, pseudo_count
 from jaxem._core.parameters import replace, update
 from jaxem._core.quadratic import AbstractLocal, Blocks, LocalQuadratic, shortened, square_tilt
 from jaxem._core.statistics import Framed
-from jaxem.emissions._regression_base import (
-    COEFFICIENTS,
-    INTERCEPT,
-    AbstractRegression,
-    repeat_coefficients,
-)
+from jaxem.emissions._regression_base import COEFFICIENTS, INTERCEPT, AbstractRegression
 
 
 class AbstractGeneralizedLinear(AbstractRegression, AbstractLocal):
@@ -61,15 +55,11 @@ class AbstractGeneralizedLinear(AbstractRegression, AbstractLocal):
     def unit(self) -> Float[Array, "k d"]:
         """The square root of w at the mean of the inputs."""
 
-    @classmethod
-    @abc.abstractmethod
-    def link(cls, mean: Array) -> Array:
-        """The η at which the mean of y is this."""
-
-    def tilt(self) -> LocalQuadratic:
+    def canonical(self) -> LocalQuadratic:
         k, d, p = self.coefficients.shape
         zeros = jnp.zeros((k, d, 1 + p, 1 + p), self.intercept.dtype)
-        return LocalQuadratic(zeros[0, 0, 0, 0], zeros[:, 0, 0, 0], zeros[:, :, 0], Blocks(zeros))
+        one = jnp.ones((), zeros.dtype)
+        return LocalQuadratic(one, zeros[:, 0, 0, 0], zeros[:, :, 0], Blocks(zeros))
 
     def log_prob(self, x: Any, tilt: LocalQuadratic) -> Float[Array, "n k"]:
         unit = self.unit()[:, :, None]
@@ -107,9 +97,6 @@ class AbstractGeneralizedLinear(AbstractRegression, AbstractLocal):
         )
         return replace(new, inputs=self.inputs.moved(jnp.sum(curvature, axis=1)))
 
-    def expected_log_prob(self, sums: LocalQuadratic) -> Float[Array, ""]:
-        return sums.value
-
     def prior(
         self,
         *,
@@ -136,25 +123,3 @@ class AbstractGeneralizedLinear(AbstractRegression, AbstractLocal):
 
     def degenerate(self, sums: LocalQuadratic) -> Bool[Array, " k"]:
         return sums.count < np.maximum(self.num_fitted(), 1)
-
-    @classmethod
-    def level(cls, x, sample_weight):
-        """The mean of the outputs, and half an observation of their middle."""
-        u, y, *exposure = x
-        dtype = sample_weight.dtype
-        n = jnp.sum(sample_weight)
-        mean = (n * weighted_mean(y.astype(dtype), sample_weight) + 0.5) / (n + 1)
-        offset = jnp.log(weighted_mean(exposure[0], sample_weight)) if exposure else 0
-        d, p = y.shape[1], u.shape[1]
-        flat = cls(jnp.zeros((1, d, p), dtype), jnp.zeros((1, d), dtype))  # pyright: ignore[reportCallIssue]
-        level = (cls.link(mean) - offset)[None]
-        return replace(flat, intercept=level, inputs=InputFrame.pooled(u, sample_weight))
-
-    def shift_to(self, x):
-        """Half-way to each observation: at a bit no logit is finite."""
-        y = x[1].astype(self.intercept.dtype)
-        eta = self.eta(self.centred(), x)[0].T
-        return self.link(0.5 * (y + self.mean_of(eta))) - eta
-
-    def repeated(self, num_components: int, spread: Array) -> Self:
-        return replace(self, **repeat_coefficients(self, num_components))

@@ -18,16 +18,11 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxem._core.blocks import num_observations
 from jaxem._core.constraints import real
-from jaxem._core.numerics import finite
-from jaxem._core.parameters import Frozen, free, update
+from jaxem._core.parameters import Frozen, update
 from jaxem._core.quadratic import AbstractLocal, Identity, LocalQuadratic
 from jaxem._core.statistics import Framed
-from jaxem.emissions._base import AbstractEmission
-
-_NO_START = (
-    "GradientEmission cannot make a start of its own: give it modules, as in "
-    "Mixture(weights, GradientEmission(modules))."
-)
+from jaxem._core.supports import trees
+from jaxem.emissions._family import AbstractFamily
 
 
 @runtime_checkable
@@ -75,7 +70,7 @@ class _Structure(NamedTuple):
         return eqx.combine(arrays, jax.tree.unflatten(self.whole, self.rest))
 
 
-class GradientEmission(AbstractEmission, AbstractLocal):
+class GradientEmission(AbstractFamily, AbstractLocal):
     """Components given by modules of one structure, each with a method `log_prob`.
 
     A module is any PyTree, such as an Equinox network or a distribution, whose
@@ -95,6 +90,7 @@ class GradientEmission(AbstractEmission, AbstractLocal):
     """
 
     parameters: ClassVar = {"params": real("params", "k p")}
+    support: ClassVar = trees()
     has_curvature: ClassVar[bool] = False
     params: Float[Array, "k p"]  # the floating arrays of each module, end to end
     structure: _Structure = eqx.field(static=True)
@@ -119,33 +115,22 @@ class GradientEmission(AbstractEmission, AbstractLocal):
         """The modules, with their present parameters."""
         return [self.structure.module(numbers) for numbers in self.params]
 
-    @property
-    def num_components(self) -> int:
-        return self.params.shape[0]
-
-    @property
-    def num_free_parameters(self) -> int:
-        return int(np.sum(free(self, "params"))) * self.params.shape[1]
-
-    def check(self, x: PyTree[Array]) -> None:
-        n = num_observations(x)
-        shape = jax.eval_shape(self.log_prob, x, self.tilt()).shape
-        if shape != (n, self.num_components):
-            raise ValueError(
-                "log_prob(x) of a module must return a number for one observation; for "
-                f"{n} observations of {self.num_components} components it gave shape {shape}."
-            )
-
-    def in_support(self, x: PyTree[Array]) -> Bool[Array, " n"]:
-        return finite(x)
-
-    def tilt(self) -> LocalQuadratic:
+    def canonical(self) -> LocalQuadratic:
         zeros = jnp.zeros_like(self.params)
-        return LocalQuadratic(zeros[0, 0], zeros[:, 0], zeros, Identity(zeros[:, 0]))
+        one = jnp.ones((), zeros.dtype)
+        return LocalQuadratic(one, zeros[:, 0], zeros, Identity(zeros[:, 0]))
 
     def log_prob(self, x: PyTree[Array], tilt: LocalQuadratic) -> Float[Array, "n k"]:
+        n = num_observations(x)
+
         def component(numbers: Float[Array, " p"]) -> Float[Array, " n"]:
-            return jax.vmap(self.structure.module(numbers).log_prob)(x)
+            own = jax.vmap(self.structure.module(numbers).log_prob)(x)
+            if jnp.shape(own) != (n,):
+                raise ValueError(
+                    "log_prob(x) of a module must return a number for one observation; for "
+                    f"{n} observations it gave shape {jnp.shape(own)}."
+                )
+            return own
 
         own = jax.vmap(component)(self.params + tilt.score).T
         return own + (tilt.count + tilt.curvature.count)
@@ -156,10 +141,6 @@ class GradientEmission(AbstractEmission, AbstractLocal):
     def m_step(self, sums: LocalQuadratic) -> Self:
         """A step along the mean score of each component."""
         return update(self, params=self.params + sums.maximum())
-
-    def expected_log_prob(self, sums: LocalQuadratic) -> Float[Array, ""]:
-        """Q near the model that the statistics were taken at, to first order."""
-        return sums.value
 
     def prior(self) -> Framed:
         """Flat: any other one goes into `log_prob` itself."""
@@ -173,11 +154,4 @@ class GradientEmission(AbstractEmission, AbstractLocal):
         return jax.vmap(draw)(keys, self.params[z])
 
     def degenerate(self, sums: LocalQuadratic) -> Bool[Array, " k"]:
-        return (sums.count < 1) & free(self, "params")
-
-    @classmethod
-    def pooled(cls, x, num_components, sample_weight):
-        raise ValueError(_NO_START)
-
-    def located_at(self, x: PyTree[Array], spread: Float[Array, ""]) -> Self:
-        raise ValueError(_NO_START)
+        return (sums.count < 1) & self.free("params")

@@ -9,19 +9,18 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxem._core.parameters import Frozen, replace
+from jaxem._core.parameters import replace
 from jaxem._core.statistics import Framed
-from jaxem.emissions._base import AbstractEmission, AbstractNested, build
+from jaxem.emissions._base import AbstractEmission, AbstractNested, AbstractStarting, build
 
 
-class Independent(AbstractNested):
+class Independent(AbstractNested, AbstractStarting):
     """Feature groups that are independent given the component, each with a family of its own.
 
     **Arguments:** `parts`, emissions with the same number of components. Data: a tuple of
@@ -32,9 +31,7 @@ class Independent(AbstractNested):
     **Raises:** `ValueError` if there is no part or their numbers of components differ.
     """
 
-    parameters: ClassVar = {}
     parts: tuple[AbstractEmission, ...]
-    frozen: Frozen = eqx.field(static=True)
 
     def __init__(self, parts: Sequence[AbstractEmission]):
         sizes = {part.num_components for part in parts}
@@ -43,21 +40,10 @@ class Independent(AbstractNested):
                 f"Independent needs parts with one number of components; got {sorted(sizes)}."
             )
         self.parts = tuple(parts)
-        self.frozen = ()
-
-    def inner(self):
-        return self.parts
-
-    def with_inner(self, parts):
-        return replace(self, parts=parts)
 
     @property
     def num_components(self) -> int:
         return self.parts[0].num_components
-
-    @property
-    def num_free_parameters(self) -> int:
-        return sum(part.num_free_parameters for part in self.parts)
 
     def check(self, x: Any) -> None:
         _check_tuple(x, len(self.parts))
@@ -68,28 +54,9 @@ class Independent(AbstractNested):
         flags = [part.in_support(column) for part, column in zip(self.parts, x, strict=True)]
         return jnp.all(jnp.stack(flags), axis=0)
 
-    def tilt(self) -> tuple[Any, ...]:
-        return tuple(part.tilt() for part in self.parts)
-
     def log_prob(self, x: Any, tilt: Any) -> Float[Array, "n k"]:
         triples = zip(self.parts, x, tilt, strict=True)
         return functools.reduce(operator.add, (part.log_prob(c, t) for part, c, t in triples))
-
-    def reframe(self, sums: Any, old: Self) -> tuple[Any, ...]:
-        triples = zip(self.parts, sums, old.parts, strict=True)
-        return tuple(part.reframe(s, o) for part, s, o in triples)
-
-    def m_step(self, sums: Any) -> Self:
-        pairs = zip(self.parts, sums, strict=True)
-        return replace(self, parts=tuple(part.m_step(s) for part, s in pairs))
-
-    def expected_log_prob(self, sums: Any) -> Float[Array, ""]:
-        pairs = zip(self.parts, sums, strict=True)
-        return functools.reduce(operator.add, (part.expected_log_prob(s) for part, s in pairs))
-
-    def degenerate(self, sums: Any) -> Bool[Array, " k"]:
-        pairs = zip(self.parts, sums, strict=True)
-        return jnp.any(jnp.stack([part.degenerate(s) for part, s in pairs]), axis=0)
 
     def prior(self, *parts: Framed | None) -> Framed:
         """The product of the parts' priors; `None`, or none given, is flat.
@@ -124,7 +91,8 @@ class Independent(AbstractNested):
         return cls(parts)
 
     def located_at(self, x: Any, spread: Float[Array, ""]) -> Self:
-        pairs = zip(self.parts, x, strict=True)
+        parts: Any = self.parts
+        pairs = zip(parts, x, strict=True)
         return replace(self, parts=tuple(part.located_at(column, spread) for part, column in pairs))
 
 

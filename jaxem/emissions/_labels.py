@@ -1,18 +1,17 @@
 """Known components of some observations: what semi-supervised fits add to their data."""
 
-from typing import ClassVar, Self
+from typing import Self
 
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxem._core.checks import check_count, check_shape
-from jaxem._core.parameters import Frozen
 from jaxem._core.statistics import Framed
-from jaxem.emissions._base import AbstractEmission
+from jaxem.emissions._base import AbstractNested, AbstractStarting
 
 
-class Labels(AbstractEmission):
+class Labels(AbstractNested, AbstractStarting):
     """The component itself, observed: p(label | z = k) is 1 if label = k, and else 0.
 
     A label of −1 says nothing. As a part of `Independent` it makes a fit semi-supervised:
@@ -27,21 +26,15 @@ class Labels(AbstractEmission):
     **Raises:** `ValueError` for less than one component.
     """
 
-    parameters: ClassVar = {}
     size: int = eqx.field(static=True)
-    frozen: Frozen = eqx.field(static=True)
 
     def __init__(self, num_components: int):
         check_count("num_components", num_components)
-        self.size, self.frozen = num_components, ()
+        self.size = num_components
 
     @property
     def num_components(self) -> int:
         return self.size
-
-    @property
-    def num_free_parameters(self) -> int:
-        return 0
 
     def check(self, x: Int[Array, "n 1"]) -> None:
         check_shape("labels", x, ("n", 1))
@@ -51,21 +44,9 @@ class Labels(AbstractEmission):
     def in_support(self, x: Int[Array, "n 1"]) -> Bool[Array, " n"]:
         return (x[:, 0] >= -1) & (x[:, 0] < self.size)
 
-    def tilt(self) -> tuple[()]:
-        return ()
-
     def log_prob(self, x: Int[Array, "n 1"], tilt: tuple[()]) -> Float[Array, "n k"]:
         possible = (x < 0) | (x == jnp.arange(self.size))
         return jnp.where(possible, 0.0, -jnp.inf)
-
-    def reframe(self, sums: tuple[()], old: Self) -> tuple[()]:
-        return ()
-
-    def m_step(self, sums: tuple[()]) -> Self:
-        return self
-
-    def expected_log_prob(self, sums: tuple[()]) -> Float[Array, ""]:
-        return jnp.asarray(0.0)
 
     def prior(self) -> Framed:
         """Labels have no parameters, and so an empty prior."""
@@ -73,9 +54,6 @@ class Labels(AbstractEmission):
 
     def sample(self, key: Array, z: Int[Array, " n"]) -> Int[Array, "n 1"]:
         return z[:, None]
-
-    def degenerate(self, sums: tuple[()]) -> Bool[Array, " k"]:
-        return jnp.zeros(self.size, bool)
 
     @classmethod
     def pooled(cls, x, num_components, sample_weight):

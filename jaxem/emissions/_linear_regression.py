@@ -19,7 +19,7 @@ DeSarbo & Cron (1988), J. Classification 5; for HMMs, Hamilton (1990), J. Econom
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -28,25 +28,53 @@ from jaxtyping import Array, Bool, Float
 from numpy.typing import ArrayLike
 
 from jaxem._core import linalg as la
-from jaxem._core.blocks import weighted_mean
 from jaxem._core.constraints import leaves_of
 from jaxem._core.dense_scales import FullScale, full_scale, pooled_full_scale
 from jaxem._core.inputs import InputFrame
-from jaxem._core.joint_moments import JointMoments
-from jaxem._core.numerics import centroid, pseudo_count, resolves
-from jaxem._core.parameters import Frozen, free, replace, update
-from jaxem._core.quadratic import square_tilt
+from jaxem._core.numerics import ROUNDINGS, centroid, pseudo_count, resolves
+from jaxem._core.parameters import Frozen, replace, update
+from jaxem._core.quadratic import solve_free, square_tilt
 from jaxem._core.scales import MIN_SPREAD, ScaleParameter
 from jaxem._core.statistics import Framed
-from jaxem._core.supports import reals
-from jaxem.emissions._regression_base import (
-    COEFFICIENTS,
-    INTERCEPT,
-    AbstractRegression,
-    repeat_coefficients,
-)
+from jaxem._core.supports import Regressed, reals
+from jaxem.emissions._regression_base import COEFFICIENTS, INTERCEPT, AbstractRegression, Link
 
 _COUNTED = ("intercept", "covariance")  # what a prior counts observations of
+
+
+class JointMoments(NamedTuple):
+    """Moments of t; c is k, or 1 where the covariance of residuals is shared."""
+
+    scale_count: Float[Array, " c"]  # how many log-scales count
+    joint: Float[Array, "k t t"]  # Σ r t tᵀ
+
+    def turned(self, turn: Float[Array, "k t t"]) -> Self:
+        """Moments of R t."""
+        joint = la.matmul(la.matmul(turn, self.joint), la.transpose(turn))
+        return self._replace(joint=joint)
+
+    def maximum(
+        self, directions: Float[Array, "k q q"]
+    ) -> tuple[Float[Array, "k d q"], Float[Array, "c d d"]]:
+        """The step δ within the span of the rows of `directions`, and squares about its end."""
+        q = directions.shape[-1]
+        moments, cross = self.joint[:, :q, :q], self.joint[:, q:, :q]
+        step = solve_free(moments, cross, directions)
+        # Also where the step leads to no free maximum; what is below the rounding of the squares
+        # before it counts as scatter.
+        moved = la.matmul(2 * cross - la.matmul(step, moments), la.transpose(step))
+        moved = self._of_scales(0.5 * (moved + la.transpose(moved)))
+        eye = jnp.eye(step.shape[1], dtype=step.dtype)
+        trace = jnp.abs(jnp.trace(moved, axis1=1, axis2=2))
+        unknown = 4 * ROUNDINGS * jnp.finfo(step.dtype).eps * trace
+        squares = self._of_scales(self.joint[:, q:, q:])
+        return step, squares - moved + unknown[:, None, None] * eye
+
+    def _of_scales(self, per_component: Array) -> Array:
+        """Sums over the components that share one covariance."""
+        if len(self.scale_count) == len(per_component):
+            return per_component
+        return jnp.sum(per_component, axis=0, keepdims=True)
 
 
 class LinearRegression(AbstractRegression):
@@ -71,10 +99,10 @@ class LinearRegression(AbstractRegression):
     parameters: ClassVar = {
         "coefficients": COEFFICIENTS,
         "intercept": INTERCEPT,
-        "covariance": ScaleParameter("structure"),
+        "covariance": ScaleParameter("structure", pooled_full_scale),
     }
-    outputs: ClassVar = reals("n d")
-    has_exposures: ClassVar = False
+    support: ClassVar = Regressed(reals("n d"))
+    link: ClassVar = Link(of=lambda mean: mean, inverse=lambda eta: eta, share=1.0)
     pooled_steps: ClassVar = 2  # the second time about the line itself
     coefficients: Float[Array, "k d p"]
     intercept: Float[Array, "k d"]
@@ -93,11 +121,7 @@ class LinearRegression(AbstractRegression):
         given = leaves_of(self.parameters, coefficients=coefficients, intercept=intercept)
         self.coefficients, self.intercept = given["coefficients"], given["intercept"]
         self.structure = full_scale(
-            "covariance",
-            jnp.asarray(covariance, self.intercept.dtype),
-            *self.intercept.shape,
-            shared=None,
-            min_spread=min_spread,
+            "covariance", covariance, self.intercept, shared=None, min_spread=min_spread
         )
         self.inputs, self.frozen = InputFrame.at_zero(self.coefficients), ()
 
@@ -106,14 +130,11 @@ class LinearRegression(AbstractRegression):
         """Covariance matrices of the residuals, in the shape that the constructor takes."""
         return self.structure.covariance
 
-    @classmethod
-    def mean_of(cls, eta: Array) -> Array:
-        return eta
-
-    def tilt(self) -> JointMoments:
-        k, d, p = self.coefficients.shape
-        zeros = jnp.zeros((k, 1 + p + d, 1 + p + d), self.intercept.dtype)
-        return JointMoments(jnp.zeros_like(self.structure.log_norm()), zeros)
+    def canonical(self) -> JointMoments:
+        (k, d, p), log_norm = self.coefficients.shape, self.structure.log_norm()
+        half = jnp.full(d, -0.5, log_norm.dtype)
+        joint = jnp.broadcast_to(jnp.diag(jnp.pad(half, (1 + p, 0))), (k, 1 + p + d, 1 + p + d))
+        return JointMoments(log_norm, joint)
 
     def log_prob(self, x: Any, tilt: JointMoments) -> Float[Array, "n k"]:
         u, y = x
@@ -153,11 +174,6 @@ class LinearRegression(AbstractRegression):
         )
         q = step.shape[2]
         return replace(new, inputs=self.inputs.moved(sums.joint[:, :q, :q]))
-
-    def expected_log_prob(self, sums: JointMoments) -> Float[Array, ""]:
-        q = 1 + self.coefficients.shape[2]
-        trace = jnp.trace(sums.joint[:, q:, q:], axis1=1, axis2=2)
-        return jnp.sum(sums.scale_count * self.structure.log_norm()) - 0.5 * jnp.sum(trace)
 
     def prior(
         self,
@@ -221,25 +237,4 @@ class LinearRegression(AbstractRegression):
         thin = thin | ~resolves(jnp.sqrt(jnp.sum(root**2, axis=2)), reach)
         if not self.structure.shared:
             thin = thin | (sums.scale_count < self.intercept.shape[1] + self.num_fitted())
-        return (thin & free(self, "covariance")) | (sums.joint[:, 0, 0] < 1)
-
-    @classmethod
-    def level(cls, x, sample_weight, *, tied: bool = False, min_spread: float = MIN_SPREAD):
-        u, y = x
-        mean = weighted_mean(y, sample_weight)
-        d, p = y.shape[1], u.shape[1]
-        flat = cls(jnp.zeros((1, d, p), y.dtype), jnp.zeros((1, d), y.dtype), jnp.eye(d)[None])
-        return replace(
-            flat,
-            intercept=mean[None],
-            structure=pooled_full_scale(y, mean, sample_weight, shared=tied, min_spread=min_spread),
-            inputs=InputFrame.pooled(u, sample_weight),
-        )
-
-    def shift_to(self, x):
-        u, y = x
-        return y - self.predict(u)[:, 0]
-
-    def repeated(self, num_components: int, spread: Array) -> Self:
-        structure = self.structure.scaled(spread, num_components)
-        return replace(self, structure=structure, **repeat_coefficients(self, num_components))
+        return (thin & self.free("covariance")) | (sums.joint[:, 0, 0] < 1)

@@ -9,11 +9,15 @@ from numpy.typing import ArrayLike
 
 from jaxem._core.constraints import leaves_of
 from jaxem._core.dense_scales import pooled_full_scale
-from jaxem._core.parameters import Frozen, build
+from jaxem._core.parameters import Frozen
 from jaxem._core.parsimonious import Parsimonious
-from jaxem._core.parsimonious_scale import ParsimoniousScale
-from jaxem._core.scales import MIN_SPREAD, ScaleParameter, check_min_spread
-from jaxem.emissions._gaussian import MEAN, AbstractGaussian
+from jaxem._core.scales import MIN_SPREAD
+from jaxem.emissions._gaussian import MEAN, AbstractGaussian, scale
+
+
+def _pooled(x, mean, sample_weight, *, structure: str = "VVV", **options) -> Parsimonious:
+    full = pooled_full_scale(x, mean, sample_weight, **options)
+    return Parsimonious.from_factor(structure, full.factor(), full.min_spread)
 
 
 class ParsimoniousGaussian(AbstractGaussian):
@@ -39,15 +43,9 @@ class ParsimoniousGaussian(AbstractGaussian):
     ```
     """
 
-    parameters: ClassVar = {
-        "mean": MEAN,
-        "covariance": ScaleParameter(
-            "structure", counted=("scale_count", "second"), separate=False
-        ),
-    }
-    scale_name: ClassVar = "covariance"
+    parameters: ClassVar = {"mean": MEAN, "covariance": scale(_pooled, separate=False)}
     mean: Float[Array, "k d"]
-    structure: ParsimoniousScale
+    structure: Parsimonious
     frozen: Frozen = eqx.field(static=True)
 
     def __init__(
@@ -60,23 +58,8 @@ class ParsimoniousGaussian(AbstractGaussian):
     ):
         self.mean, self.frozen = leaves_of(self.parameters, mean=mean)["mean"], ()
         covariance = jnp.asarray(covariance, self.mean.dtype)
-        self.structure = _scale(Parsimonious.from_covariance(structure, covariance), min_spread)
+        self.structure = Parsimonious.from_covariance(structure, covariance, min_spread)
 
     @property
     def covariance(self) -> Float[Array, "k d d"]:
         return self.structure.covariance
-
-    @classmethod
-    def around(cls, x, mean, sample_weight, *, structure: str = "VVV", **options):
-        full = pooled_full_scale(x, mean, sample_weight, **options)
-        own = _scale(Parsimonious.from_factor(structure, full.factor()), full.min_spread)
-        return build(cls, mean=mean[None], structure=own, frozen=())
-
-
-def _scale(structure: Parsimonious, min_spread: float) -> ParsimoniousScale:
-    return ParsimoniousScale(
-        structure=structure,
-        shared=False,
-        min_spread=check_min_spread(min_spread),
-        expanded=False,
-    )

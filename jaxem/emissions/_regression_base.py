@@ -1,89 +1,58 @@
-"""What regressions of outputs on inputs share: data, predictions, draws and starts."""
+"""What regressions of outputs on inputs share: predictions, draws and starts."""
 
 import abc
-from typing import Any, Self
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from jaxem._core import linalg as la
-from jaxem._core.checks import check_continuous, num_features
+from jaxem._core.blocks import weighted_mean
 from jaxem._core.constraints import real
 from jaxem._core.inputs import InputFrame
-from jaxem._core.numerics import finite
-from jaxem._core.parameters import free, replace
-from jaxem._core.supports import Support, positives
-from jaxem.emissions._base import AbstractEmission, sums_of
+from jaxem._core.parameters import build, replace
+from jaxem._core.scales import ScaleParameter
+from jaxem._core.supports import Regressed
+from jaxem.emissions._base import AbstractStarting, sums_of
+from jaxem.emissions._family import AbstractFamily
 
 COEFFICIENTS = real("coefficients", "k d p")
 INTERCEPT = real("intercept", "k d")
-_EXPOSURES = positives("n d")
 
 
-class AbstractRegression(AbstractEmission):
+class Link(NamedTuple):
+    """η as a function of the mean of an output."""
+
+    of: Callable[[Array], Array]
+    inverse: Callable[[Array], Array]
+    share: float  # how far a start goes towards an output: at a bit, say, no logit is finite
+
+
+class AbstractRegression(AbstractFamily, AbstractStarting):
     """Regressions of outputs on inputs u, in η = W u + b, one for each component.
 
-    Data are a tuple (u, y) of inputs (n, p) and outputs (n, d), of the declared kind `outputs`;
-    with `has_exposures` perhaps (u, y, e), whose log is added to η.
+    Data are a tuple (u, y), perhaps with exposures (u, y, e), whose log is added to η. As a
+    family's options, what its parameters are at a start are those of its scale.
     """
 
-    outputs: eqx.AbstractClassVar[Support]
-    has_exposures: eqx.AbstractClassVar[bool]
+    support: eqx.AbstractClassVar[Regressed]
+    link: eqx.AbstractClassVar[Link]
     pooled_steps: eqx.AbstractClassVar[int]
     coefficients: eqx.AbstractVar[Float[Array, "k d p"]]
     intercept: eqx.AbstractVar[Float[Array, "k d"]]
     inputs: eqx.AbstractVar[InputFrame]
 
-    @classmethod
-    @abc.abstractmethod
-    def mean_of(cls, eta: Array) -> Array:
-        """The mean of an output at η."""
-
     @abc.abstractmethod
     def draw(self, key: Array, mean: Float[Array, "n d"], z: Int[Array, " n"]) -> Array:
         """Outputs with these means, of component z each."""
 
-    @classmethod
-    @abc.abstractmethod
-    def level(cls, x: Any, sample_weight: Float[Array, " n"], **options: Any) -> Self:
-        """One component at the mean of the outputs, without coefficients."""
-
-    @abc.abstractmethod
-    def shift_to(self, x: Any) -> Float[Array, "n d"]:
-        """What takes the first component's intercept towards each observation."""
-
-    @abc.abstractmethod
-    def repeated(self, num_components: int, spread: Array) -> Self:
-        """The first component, for each of so many, with variances multiplied by `spread`."""
-
-    @property
-    def num_components(self) -> int:
-        return self.intercept.shape[0]
-
-    @property
-    def num_free_parameters(self) -> int:
-        return sum(
-            parameter.num_free_parameters(getattr(self, parameter.leaf), free(self, name))
-            for name, parameter in self.parameters.items()
-        )
-
     def num_fitted(self) -> Any:
         """How many coefficients of each output are free, the intercept among them, (k,)."""
-        of_inputs = self.coefficients.shape[2] * free(self, "coefficients")
-        return of_inputs + free(self, "intercept")
-
-    def check(self, x: Any) -> None:
-        _, d, p = self.coefficients.shape
-        _check(type(self), x, p, d, self.intercept.dtype)
-
-    def in_support(self, x: Any) -> Bool[Array, " n"]:
-        u, y, *exposure = x
-        flags = [finite(u), self.outputs.contains(y, {})]
-        flags += [_EXPOSURES.contains(e, {}) for e in exposure]
-        return jnp.all(jnp.stack(flags), axis=0)
+        of_inputs = self.coefficients.shape[2] * self.free("coefficients")
+        return of_inputs + self.free("intercept")
 
     def centred(self) -> Float[Array, "k d q"]:
         """The coefficients of ṽ."""
@@ -97,7 +66,7 @@ class AbstractRegression(AbstractEmission):
 
     def predict(self, u: Float[Array, "n p"]) -> Float[Array, "n k d"]:
         """The mean of the outputs under each component, at an exposure of 1."""
-        return jnp.moveaxis(self.mean_of(self.eta(self.centred(), (u, None))), 2, 0)
+        return jnp.moveaxis(self.link.inverse(self.eta(self.centred(), (u, None))), 2, 0)
 
     def sample(
         self, key: Array, z: Int[Array, " n"], inputs: Float[Array, "n p"] | None = None
@@ -117,46 +86,46 @@ class AbstractRegression(AbstractEmission):
     @classmethod
     def pooled(cls, x, num_components, sample_weight, **options):
         """The regression of one component, by steps from the mean of the outputs."""
-        u, y, *_ = inputs_and_outputs(x, cls.__name__, cls.has_exposures)
-        _check(cls, x, num_features(u), num_features(y), sample_weight.dtype)
+        cls.support.check(x, {}, sample_weight.dtype, cls.__name__)
 
         def again(_: Any, one: Self) -> Self:
             return one.m_step(sums_of(one, x, sample_weight[:, None]))
 
-        one = lax.fori_loop(0, cls.pooled_steps, again, cls.level(x, sample_weight, **options))
-        return one.repeated(num_components, jnp.ones((), sample_weight.dtype))
+        one = lax.fori_loop(0, cls.pooled_steps, again, cls._level(x, sample_weight, options))
+        return one._each(num_components, jnp.ones((), sample_weight.dtype))
+
+    @classmethod
+    def _level(cls, x: Any, sample_weight: Float[Array, " n"], options: Any) -> Self:
+        """One component at the mean of the outputs; counts get half an observation of a half."""
+        (u, y, *exposure), dtype = x, sample_weight.dtype
+        mean = level = weighted_mean(y.astype(dtype), sample_weight)
+        if not cls.support.continuous:
+            n = jnp.sum(sample_weight)
+            level = (n * mean + 0.5) / (n + 1)
+        offset = jnp.log(weighted_mean(exposure[0], sample_weight)) if exposure else 0
+        scales = {
+            p.leaf: p.pooled(y, mean, sample_weight, **options)
+            for p in cls.parameters.values()
+            if isinstance(p, ScaleParameter)
+        }
+        return build(
+            cls,
+            coefficients=jnp.zeros((1, y.shape[1], u.shape[1]), dtype),
+            intercept=(cls.link.of(level) - offset)[None],
+            inputs=InputFrame.pooled(u, sample_weight),
+            frozen=(),
+            **scales,
+        )
 
     def located_at(self, x: PyTree[Array], spread: Float[Array, ""]) -> Self:
         """The regression, shifted towards each observation."""
-        each = self.repeated(x[1].shape[0], spread)
-        return replace(each, intercept=each.intercept + self.shift_to(x))
+        each = self._each(x[1].shape[0], spread)
+        eta = self.eta(self.centred(), x)[0].T
+        share, y = self.link.share, x[1].astype(eta.dtype)
+        target = share * y + (1 - share) * self.link.inverse(eta)
+        return replace(each, intercept=each.intercept + self.link.of(target) - eta)
 
-
-def repeat_coefficients(regression: AbstractRegression, num_components: int) -> dict[str, Any]:
-    """The first component's coefficients, intercept and frame of inputs, for each of so many."""
-    own = {name: getattr(regression, name) for name in ("coefficients", "intercept", "inputs")}
-    return jax.tree.map(
-        lambda leaf: jnp.broadcast_to(leaf[:1], (num_components, *leaf.shape[1:])), own
-    )
-
-
-def inputs_and_outputs(x: Any, who: str, has_exposures: bool = False) -> tuple[Any, ...]:
-    """`x` if it is a tuple of inputs, outputs and perhaps exposures. Raises `ValueError` if not."""
-    if not isinstance(x, tuple) or not 2 <= len(x) <= 2 + has_exposures:
-        given = f"a tuple of {len(x)}" if isinstance(x, tuple) else type(x).__name__
-        exposures = " and perhaps exposures (n, d)" if has_exposures else ""
-        raise ValueError(
-            f"{who} expects a tuple of inputs (n, p) and outputs (n, d){exposures}; got {given}."
-        )
-    return x
-
-
-def _check(
-    family: type[AbstractRegression], x: Any, num_inputs: int, num_outputs: int, dtype: Any
-) -> None:
-    who = family.__name__
-    u, y, *exposure = inputs_and_outputs(x, who, family.has_exposures)
-    check_continuous(u, num_inputs, dtype, f"{who} (inputs)")
-    family.outputs.check(y, {"d": num_outputs}, dtype, f"{who} (outputs)")
-    if exposure:
-        check_continuous(exposure[0], num_outputs, dtype, f"{who} (exposures)")
+    def _each(self, num_components: int, spread: Float[Array, ""]) -> Self:
+        """The first component, for each of so many, with its frame of inputs."""
+        inputs = self.inputs.repeated(num_components)
+        return replace(self.repeated(num_components, spread), inputs=inputs)

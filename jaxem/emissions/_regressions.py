@@ -14,8 +14,9 @@ from jaxem._core.constraints import leaves_of
 from jaxem._core.inputs import InputFrame
 from jaxem._core.numerics import factorial_remainder, half_deviance
 from jaxem._core.parameters import Frozen
-from jaxem._core.supports import bits, counts
+from jaxem._core.supports import Regressed, bits, counts
 from jaxem.emissions._generalized_linear import AbstractGeneralizedLinear
+from jaxem.emissions._regression_base import Link
 
 
 class LogisticRegression(AbstractGeneralizedLinear):
@@ -34,8 +35,8 @@ class LogisticRegression(AbstractGeneralizedLinear):
     """
 
     max_step: ClassVar = 1e9
-    outputs: ClassVar = bits("n d")
-    has_exposures: ClassVar = False
+    support: ClassVar = Regressed(bits("n d"))
+    link: ClassVar = Link(of=jax.scipy.special.logit, inverse=jax.nn.sigmoid, share=0.5)
     coefficients: Float[Array, "k d p"]
     intercept: Float[Array, "k d"]
     inputs: InputFrame
@@ -58,14 +59,6 @@ class LogisticRegression(AbstractGeneralizedLinear):
     def unit(self) -> Float[Array, "k d"]:
         return jnp.full_like(self.intercept, 0.5)
 
-    @classmethod
-    def link(cls, mean: Array) -> Array:
-        return jax.scipy.special.logit(mean)
-
-    @classmethod
-    def mean_of(cls, eta: Array) -> Array:
-        return jax.nn.sigmoid(eta)
-
     def draw(self, key: Any, mean: Array, z: Array) -> Array:
         return jax.random.bernoulli(key, mean).astype(int)
 
@@ -83,8 +76,8 @@ class PoissonRegression(AbstractGeneralizedLinear):
     """
 
     max_step: ClassVar = 1.0
-    outputs: ClassVar = counts("n d")
-    has_exposures: ClassVar = True
+    support: ClassVar = Regressed(counts("n d"), exposures=True)
+    link: ClassVar = Link(of=la.floored_log, inverse=jnp.exp, share=0.5)
     coefficients: Float[Array, "k d p"]
     intercept: Float[Array, "k d"]
     inputs: InputFrame
@@ -103,14 +96,6 @@ class PoissonRegression(AbstractGeneralizedLinear):
 
     def unit(self) -> Float[Array, "k d"]:
         return jnp.exp(0.5 * _bounded(self.centred()[:, :, 0]))
-
-    @classmethod
-    def link(cls, mean: Array) -> Array:
-        return la.floored_log(mean)
-
-    @classmethod
-    def mean_of(cls, eta: Array) -> Array:
-        return jnp.exp(eta)
 
     def draw(self, key: Any, mean: Array, z: Array) -> Array:
         return jax.random.poisson(key, mean)

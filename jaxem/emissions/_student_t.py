@@ -34,7 +34,7 @@ from jaxem._core.constraints import leaves_of, positive, real
 from jaxem._core.dense_scales import FullScale, full_scale, pooled_full_scale
 from jaxem._core.newton import maximize_by_newton
 from jaxem._core.numerics import divide
-from jaxem._core.parameters import Frozen, replace
+from jaxem._core.parameters import Frozen
 from jaxem._core.scales import MIN_SPREAD, Moments, ScaleParameter
 from jaxem._core.special import binet, binet_slope, gamma_log_norm, log1p_minus
 from jaxem.emissions._location_scale import AbstractLocationScale
@@ -76,10 +76,9 @@ class ScaledMoments(NamedTuple):
     def prior(self) -> Moments:
         return Moments(*self[5:9])
 
-    def together(self, expansion: Any = 1) -> Moments:
-        """Moments of data and prior; a scale is divided by α where more observations count."""
-        both = jax.tree.map(jnp.add, self.data, self.prior)
-        return both._replace(scale_count=expansion * both.scale_count)
+    @property
+    def combined(self) -> Moments:
+        return jax.tree.map(jnp.add, self.data, self.prior)
 
 
 class StudentT(AbstractLocationScale):
@@ -105,10 +104,13 @@ class StudentT(AbstractLocationScale):
             role="location",
             counted=(*ScaledMoments._fields[:5], "prior_mean_count", "prior_first"),
         ),
-        "scale": ScaleParameter("structure", counted=("prior_scale_count", "prior_second")),
+        "scale": ScaleParameter(
+            "structure", pooled_full_scale, counted=("prior_scale_count", "prior_second")
+        ),
         "dof": positive(
             "log_dof",
             "k",
+            reference=2.0,
             bounds=_bounds,
             collapsed="lower",
             role="shape",
@@ -116,7 +118,6 @@ class StudentT(AbstractLocationScale):
             counted=("dof_count", "prior_log_weight"),
         ),
     }
-    scale_name: ClassVar = "scale"
     mean: Float[Array, "k d"]
     structure: FullScale
     log_dof: Float[Array, " k"]
@@ -132,8 +133,7 @@ class StudentT(AbstractLocationScale):
     ):
         leaves = leaves_of(self.parameters, mean=mean, dof=dof)
         self.mean, self.log_dof, self.frozen = leaves["mean"], leaves["log_dof"], ()
-        scale = jnp.asarray(scale, self.mean.dtype)
-        self.structure = full_scale("scale", scale, *self.mean.shape, min_spread=min_spread)
+        self.structure = full_scale("scale", scale, self.mean, min_spread=min_spread)
 
     @property
     def scale(self) -> Float[Array, "k d d"]:
@@ -144,9 +144,6 @@ class StudentT(AbstractLocationScale):
     def dof(self) -> Float[Array, " k"]:
         """Degrees of freedom."""
         return jnp.exp(self.log_dof)
-
-    def moments(self, sums: ScaledMoments) -> Moments:
-        return sums.together()
 
     def log_prob(self, x: Float[Array, "n d"], tilt: ScaledMoments) -> Float[Array, "n k"]:
         n, d = x.shape
@@ -193,8 +190,10 @@ class StudentT(AbstractLocationScale):
 
     def maximize(self, sums: ScaledMoments) -> dict[str, Any]:
         log_dof = self._best_log_dof(sums)
-        expansion = self._expansion(sums, jnp.exp(log_dof))
-        step, structure = self.structure.maximum(sums.together(expansion), self.free("mean"))
+        both, expansion = sums.combined, self._expansion(sums, jnp.exp(log_dof))
+        # A scale is divided by α where more observations count
+        both = both._replace(scale_count=expansion * both.scale_count)
+        step, structure = self.structure.maximum(both, self.free("mean"))
         mean = self.mean + self.structure.apply(step)
         return {"mean": mean, "structure": structure, "log_dof": log_dof}
 
@@ -205,7 +204,7 @@ class StudentT(AbstractLocationScale):
         trace t about the new mean and in the scale that α = 1 would have.
         """
         d, prior = self.mean.shape[1], sums.prior
-        both = sums.together()
+        both = sums.combined
         step, scatter = self.structure.scatter(both, self.free("mean"))
         scatter = self.structure.best_covariance(scatter, both.scale_count)
         cross = la.outer(prior.first, step)
@@ -244,12 +243,6 @@ class StudentT(AbstractLocationScale):
         log_u = jax.random.loggamma(scale_key, half) - jnp.log(half)
         noise = self.structure.noise(key, z, self.mean.shape[1])
         return self.mean[z] + jnp.exp(-0.5 * log_u)[:, None] * noise
-
-    @classmethod
-    def around(cls, x, mean, sample_weight, *, dof: ArrayLike = 2.0, **options):
-        structure = pooled_full_scale(x, mean, sample_weight, **options)
-        start = cls(jnp.zeros_like(mean)[None], jnp.eye(len(mean), dtype=x.dtype)[None], dof)
-        return replace(start, mean=mean[None], structure=structure)
 
 
 def _dof_log_prob(log_dof: Float[Array, " 1"], average: Array) -> Float[Array, ""]:

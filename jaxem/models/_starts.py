@@ -19,13 +19,13 @@ from jaxtyping import Array, Float, Int, PyTree
 from jaxem._core.blocks import map_over_observations, num_observations, substitute
 from jaxem._core.checks import check_sample_weight, check_values, checked_key, is_integer, or_absent
 from jaxem._core.numerics import float_dtype
-from jaxem.emissions._base import AbstractEmission, build, log_prob
+from jaxem.emissions._base import AbstractEmission, AbstractStarting, build, log_prob
 from jaxem.emissions._mixture_emission import MixtureEmission
 
 
 def pooled(
     data: PyTree[Array], num_components: int, family: Any, sample_weight: Float[Array, " n"] | None
-) -> AbstractEmission:
+) -> AbstractStarting:
     """`num_components` components that are each the fit of one to all the data.
 
     Integer data of continuous families are refused by the emission's own check.
@@ -88,19 +88,20 @@ def seed(
     alone = jax.tree.map(lambda leaf: leaf[:1], parts)
     located = _seed(key, data, alone, num_components * size, sample_weight, method, size)
     check_support(located, data, sample_weight)
-    return whole.of(located)
+    shares = jnp.full((num_components, size), 1 / size, float_dtype(located))
+    return MixtureEmission(shares, located)
 
 
 @eqx.filter_jit
 def _seed(
     key: Array,
     data: PyTree[Array],
-    whole: AbstractEmission,
+    whole: AbstractStarting,
     num_components: int,
     sample_weight: Float[Array, " n"] | None,
     method: str,
     group_size: int = 1,
-) -> AbstractEmission:
+) -> AbstractStarting:
     n = num_observations(data)
     if sample_weight is not None:
         data = substitute(data, sample_weight > 0)
@@ -144,7 +145,7 @@ def _grouped(gaps: Float[Array, "s s"], size: int) -> Int[Array, " s"]:
 
 def kmeans_plus_plus(
     key: Array,
-    whole: AbstractEmission,
+    whole: AbstractStarting,
     data: PyTree[Array],
     num_seeds: int,
     sample_weight: Float[Array, " n"] | None = None,
@@ -182,7 +183,7 @@ def kmeans_plus_plus(
     return lax.fori_loop(1, num_seeds, grow, (indices, closest))
 
 
-def saturated(whole: AbstractEmission, data: PyTree[Array]) -> Float[Array, " n"]:
+def saturated(whole: AbstractStarting, data: PyTree[Array]) -> Float[Array, " n"]:
     """log p of each observation under a component located at itself."""
 
     def one(observation: PyTree[Array]) -> Array:
@@ -193,7 +194,7 @@ def saturated(whole: AbstractEmission, data: PyTree[Array]) -> Float[Array, " n"
 
 
 def deviance(
-    whole: AbstractEmission,
+    whole: AbstractStarting,
     data: PyTree[Array],
     indices: Int[Array, " k"],
     best: Float[Array, " n"] | None = None,
