@@ -3,7 +3,7 @@
     python -m benchmarks.fuzz --fits 100000 --seed 1 [--only gaussian,poisson]
 
 Every lane is a small data set of a random kind (units, offsets, outliers, copies, collinear and
-constant columns, clusters far apart, few observations), a random start and one algorithm. A *lie* is
+constant columns, clusters far apart, few observations), a random start and one algorithm. A lie is
 
 - `nan`: a number in the returned model is not finite, and the result is not `nonfinite`;
 - `objective`: the objective is not the one recomputed from the returned model;
@@ -183,7 +183,6 @@ def batch(family, algorithm, dtype, k, seed):
     )
     info = {
         "gain": gain,
-        "further": np.asarray(further.status),
         "steps": np.asarray(solution.num_steps),
         "error": np.asarray(solution.error),
     }
@@ -223,11 +222,9 @@ def main():
             for lie, where in found.items():
                 lies[(*job[:3], lie)] += int(where.sum())
                 for lane in np.flatnonzero(where)[:3]:
+                    own = ", ".join(f"{name} {values[lane]:.3g}" for name, values in info.items())
                     print(
-                        f"  {lie}: {job} seed {seed} lane {lane}: {status[lane]} after "
-                        f"{info['steps'][lane]}, gain {info['gain'][lane]:.3g} ({info['further'][lane]}), error "
-                        f"{info['error'][lane]:.2g}",
-                        flush=True,
+                        f"  {lie}: {job} seed {seed} lane {lane}: {status[lane]}, {own}", flush=True
                     )
         print(f"{job}: {rounds * LANES} fits in {time.time() - begun:.0f} s", flush=True)
     for job, counts in outcomes.items():

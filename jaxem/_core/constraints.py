@@ -29,6 +29,7 @@ class Constraint(NamedTuple):
     requirement: str  # what an error says of other values
     valid: Callable[[Array], Array]
     inverse: Callable[[Array], Array]  # the leaf of a value
+    is_log: bool  # whether leaves are logarithms or log-odds, which have no units
     lost: int = 0  # how many of the last axis follow from the others
 
 
@@ -67,7 +68,7 @@ class Parameter:
     @property
     def is_log(self) -> bool:
         """Whether the leaf holds logarithms or log-odds."""
-        return self.constraint.inverse not in (_same, la.unit)
+        return self.constraint.is_log
 
     def is_shared(self, module: Any) -> bool:
         """Whether components share it, or some of them do, as states of tied rows."""
@@ -136,7 +137,9 @@ class Parameter:
 
 def real(leaf: str, shape: str, **settings: Any) -> Parameter:
     """Any finite numbers; the leaf is the value."""
-    constraint = Constraint(" holds a NaN or an infinity.", jnp.isfinite, lambda value: value)
+    constraint = Constraint(
+        " holds a NaN or an infinity.", jnp.isfinite, lambda value: value, False
+    )
     return Parameter(leaf, tuple(shape.split()), constraint, **settings)
 
 
@@ -149,7 +152,7 @@ def positive(leaf: str, shape: str, *, zero: bool = False, **settings: Any) -> P
     requirement = "finite and not negative" if zero else "positive and finite"
     inverse = la.floored_log if zero else jnp.log
     settings = {"reference": 1.0, "bounds": logs_that_fit, **settings}
-    constraint = Constraint(f" must be {requirement}.", valid, inverse)
+    constraint = Constraint(f" must be {requirement}.", valid, inverse, True)
     return Parameter(leaf, tuple(shape.split()), constraint, **settings)
 
 
@@ -159,6 +162,7 @@ def probability(leaf: str, shape: str, **settings: Any) -> Parameter:
         " must be in [0, 1].",
         valid=lambda value: (value >= 0) & (value <= 1),
         inverse=lambda value: la.floored_log(value) - la.floored_log(1 - value),
+        is_log=True,
     )
     return Parameter(leaf, tuple(shape.split()), constraint, **{"reference": 0.5, **settings})
 
@@ -166,7 +170,7 @@ def probability(leaf: str, shape: str, **settings: Any) -> Parameter:
 def simplex(leaf: str, shape: str, **settings: Any) -> Parameter:
     """Probabilities that sum to 1 along the last axis, by their logarithms; a 0 is floored."""
     requirement = ": probabilities must be non-negative and sum to 1 along the last axis."
-    constraint = Constraint(requirement, is_simplex, la.floored_log, lost=1)
+    constraint = Constraint(requirement, is_simplex, la.floored_log, True, lost=1)
     return Parameter(leaf, tuple(shape.split()), constraint, **{"reference": None, **settings})
 
 
@@ -176,7 +180,7 @@ def direction(leaf: str, shape: str, **settings: Any) -> Parameter:
     def valid(value: Array) -> Array:
         return jnp.isfinite(value).all(axis=-1) & jnp.any(value != 0, axis=-1)
 
-    constraint = Constraint(" must be finite and not zero.", valid, la.unit, lost=1)
+    constraint = Constraint(" must be finite and not zero.", valid, la.unit, False, lost=1)
     return Parameter(leaf, tuple(shape.split()), constraint, **{"reference": 1.0, **settings})
 
 

@@ -183,7 +183,8 @@ class Sampled(AbstractExpectation):
         if self.num_draws == 1:
             return first, objective, memory
         draws = self.num_draws
-        most = draws if is_integer(draws) else jnp.ceil(draws(step)).astype(jnp.int32)
+        fixed = not isinstance(draws, AbstractSchedule)
+        most = draws if fixed else jnp.ceil(draws(step)).astype(jnp.int32)
 
         def add(number: Any, total: PyTree[Array]) -> PyTree[Array]:
             return jax.tree.map(jnp.add, total, draw(number)[0].sums)
