@@ -79,7 +79,7 @@ def test_models_from_functions_show_their_numbers():
         jaxem.from_log_joint(lambda params, x: x, params),
         jaxem.from_functions(lambda params, x: x, lambda statistics: statistics, params),
     ):
-        assert "{'mean': [1.5  2.25], 'scale': 1.0}" in repr(model)
+        assert "{'mean': [1.5  2.25], 'scale': 1.}" in repr(model)
 
 
 def test_a_family_without_parameters_takes_one_line():
