@@ -105,6 +105,12 @@ def finite(x: PyTree[Array]) -> Bool[Array, " n"]:
     return jnp.stack(flags).all(axis=0)
 
 
+def outside_support(x: PyTree[Array], like: Array) -> Float[Array, " n"]:
+    """log p of observations outside a support: −∞, and NaN where they hold NaN themselves."""
+    flags = [jnp.isnan(leaf).reshape(leaf.shape[0], -1).any(axis=1) for leaf in jax.tree.leaves(x)]
+    return jnp.where(jnp.stack(flags).any(axis=0), jnp.nan, -jnp.inf).astype(like.dtype)
+
+
 def float_dtype(module: Any) -> Any:
     """The floating dtype of a module's parameters."""
     return jnp.result_type(*(leaf.dtype for leaf in jax.tree.leaves(module)))

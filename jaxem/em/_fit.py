@@ -10,7 +10,13 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
-from jaxem._core.checks import check_count, check_nonnegative, checked_key, or_absent
+from jaxem._core.checks import (
+    check_count,
+    check_nonnegative,
+    checked_key,
+    impossible_data,
+    or_absent,
+)
 from jaxem._core.numerics import float_dtype
 from jaxem._core.parameters import replace
 from jaxem._core.statistics import Framed
@@ -144,10 +150,7 @@ def _check_settings(algorithm: Any, tol: Any, max_steps: Any, adjoint: Any) -> N
 
 def _what_is_wrong(result: RESULTS, model: AbstractModel, problem: Problem) -> str:
     """The message of a result, and the observations that it is about."""
-    message = RESULTS[result]
     if bool(result == RESULTS.invalid_data):
-        fits = np.asarray(or_absent(model.in_support(problem.data), problem.sample_weight))
-        wrong = np.flatnonzero(~fits)
-        first = ", ".join(map(str, wrong[:5])) + (", …" if len(wrong) > 5 else "")
-        message += f" Here: {len(wrong)} of {len(fits)} observations, number {first}."
-    return message
+        possible = or_absent(model.in_support(problem.data), problem.sample_weight)
+        return impossible_data(np.asarray(possible))
+    return RESULTS[result]

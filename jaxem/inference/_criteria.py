@@ -1,12 +1,16 @@
 """Criteria for choosing among models: less is better."""
 
+import warnings
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
+from jaxem._core.checks import impossible_data, or_absent
 from jaxem.em._expectation import infer
 from jaxem.em._problem import Problem
 from jaxem.inference._fitted import fitted_problem, num_observed
@@ -23,7 +27,7 @@ def aic(
     `fitted` is a model, an emission or a `Solution`; p counts the parameters that are not frozen.
     """
     model, problem = fitted_problem(fitted, data, sample_weight)
-    return -2 * infer(model, problem, Exact(), None)[1] + 2 * model.num_free_parameters
+    return -2 * _log_likelihood(model, problem) + 2 * model.num_free_parameters
 
 
 def bic(
@@ -57,7 +61,16 @@ def icl(
 
 def _bic(model: AbstractModel, problem: Problem) -> Float[Array, ""]:
     penalty = model.num_free_parameters * jnp.log(num_observed(model, problem))
-    return -2 * infer(model, problem, Exact(), None)[1] + penalty
+    return -2 * _log_likelihood(model, problem) + penalty
+
+
+def _log_likelihood(model: AbstractModel, problem: Problem) -> Float[Array, ""]:
+    """Σ w log p(x); −∞ with a warning, where that is known, if an observation is impossible."""
+    value = infer(model, problem, Exact(), None)[1]
+    possible = or_absent(model.in_support(problem.data), problem.sample_weight)
+    if not isinstance(possible, Tracer) and not np.all(np.asarray(possible)):
+        warnings.warn(impossible_data(np.asarray(possible)), stacklevel=3)
+    return jnp.where(jnp.all(possible) | jnp.isnan(value), value, -jnp.inf)
 
 
 @eqx.filter_jit

@@ -3,9 +3,11 @@
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from jaxem._core.checks import name_of
+from jaxem._core.checks import check_values, impossible_data, name_of, or_absent
 from jaxem._core.numerics import float_dtype
 from jaxem._core.statistics import Framed
 from jaxem.em._problem import Problem, as_problem
@@ -27,6 +29,20 @@ def fitted_problem(
         raise ValueError(f"expected a Solution, a model or an emission, got {name_of(given)}.")
     model = as_model(given, "inference")
     return model, as_problem(data, model, sample_weight, prior)
+
+
+def possible_problem(
+    fitted: Any, data: Any, sample_weight: Any = None, prior: Framed | None = None
+) -> tuple[AbstractModel, Problem]:
+    """`fitted_problem`, of data that the model can have produced where that is known.
+
+    **Raises:** `ValueError` for other data, too.
+    """
+    model, problem = fitted_problem(fitted, data, sample_weight, prior)
+    possible = or_absent(model.in_support(problem.data), problem.sample_weight)
+    if not isinstance(possible, Tracer):
+        check_values(possible, impossible_data(np.asarray(possible)))
+    return model, problem
 
 
 def num_observed(model: AbstractModel, problem: Problem) -> Float[Array, ""]:

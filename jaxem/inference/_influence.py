@@ -17,7 +17,7 @@ from jaxem.em._em import EM
 from jaxem.em._fit import fit
 from jaxem.em._problem import Problem
 from jaxem.em._solution import Solution
-from jaxem.inference._fitted import fitted_problem
+from jaxem.inference._fitted import possible_problem
 from jaxem.models._base import AbstractModel
 
 
@@ -50,7 +50,7 @@ def influence(
 
     Jaeckel (1972), Bell Labs memorandum; Giordano et al. (2019), AISTATS.
     """
-    model, problem = fitted_problem(fitted, data, sample_weight, prior)
+    model, problem = possible_problem(fitted, data, sample_weight, prior)
     weight = problem.sample_weight
     if weight is None:
         weight = jnp.ones(problem.num_observations, float_dtype(model))

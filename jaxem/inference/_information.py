@@ -36,7 +36,7 @@ from jaxem._core.statistics import Framed
 from jaxem.em._expectation import infer
 from jaxem.em._problem import Problem
 from jaxem.em._solution import Solution
-from jaxem.inference._fitted import fitted_problem, num_observed
+from jaxem.inference._fitted import num_observed, possible_problem
 from jaxem.latents import Exact
 from jaxem.models._alone import shown
 from jaxem.models._base import AbstractModel, AbstractNamelessModel, expected_sums
@@ -145,7 +145,7 @@ def observed_information(
 
     Efron & Hinkley (1978), Biometrika 65; Louis (1982), JRSS B 44, whose identity this equals.
     """
-    model, problem = fitted_problem(fitted, data, sample_weight, prior)
+    model, problem = possible_problem(fitted, data, sample_weight, prior)
     return _observed(model, problem)
 
 
@@ -200,7 +200,7 @@ def sandwich(
 
     Huber (1967), Proc. 5th Berkeley Symp.; White (1982), Econometrica 50.
     """
-    model, problem = fitted_problem(fitted, data, sample_weight, prior)
+    model, problem = possible_problem(fitted, data, sample_weight, prior)
     return _delta(_observed(model, problem), _scatter_of_scores(model, problem))
 
 

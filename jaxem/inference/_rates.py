@@ -24,7 +24,7 @@ from jaxem.em._algorithm import AbstractAlgorithm, State
 from jaxem.em._em import EM
 from jaxem.em._problem import Problem
 from jaxem.em._solution import Solution
-from jaxem.inference._fitted import fitted_problem
+from jaxem.inference._fitted import possible_problem
 from jaxem.models._alone import shown
 from jaxem.models._base import AbstractModel
 
@@ -93,7 +93,7 @@ def convergence_rate(
 
     Dempster, Laird & Rubin (1977), JRSS B 39; Arnoldi (1951), Quart. Appl. Math. 9.
     """
-    model, problem = fitted_problem(fitted, data, sample_weight, prior)
+    model, problem = possible_problem(fitted, data, sample_weight, prior)
     if not algorithm.traits.exact:
         raise ValueError(
             "convergence_rate needs a deterministic algorithm over all the data, such as EM()."

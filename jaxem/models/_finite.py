@@ -22,6 +22,7 @@ from jaxem._core.blocks import (
     sum_over_observations,
 )
 from jaxem._core.conversion import as_arrays
+from jaxem._core.numerics import outside_support
 from jaxem._core.parameters import replace
 from jaxem.emissions._base import AbstractEmission, cheapest
 from jaxem.latents import AbstractPosterior, Finite, infer
@@ -43,15 +44,15 @@ class AbstractJointModel(AbstractModel):
         return 1
 
     def log_prob(self, data: PyTree[Array]) -> Float[Array, " n"]:
-        """log p(x) of each observation."""
+        """log p(x) of each observation: −∞ outside the support, NaN where data hold NaN."""
         return self._map(_log_prob, data)
 
     def responsibilities(self, data: PyTree[Array]) -> Float[Array, "n k"]:
-        """P(z = k | x) of each observation."""
+        """P(z = k | x) of each observation; NaN where no component can have produced it."""
         return self._map(_responsibilities, data)
 
     def predict(self, data: PyTree[Array]) -> Int[Array, " n"]:
-        """The most probable z of each observation, the first among equals."""
+        """The most probable z of each observation, the first among equals; −1 if it has none."""
         return self._map(_most_probable, data)
 
     def _map(self, function: Any, data: PyTree[Array]) -> Any:
@@ -97,12 +98,17 @@ def _responsibilities(joint: Float[Array, "n k"]) -> Float[Array, "n k"]:
 
 
 def _most_probable(joint: Float[Array, "n k"]) -> Int[Array, " n"]:
-    return jnp.argmax(joint, axis=1)
+    return jnp.where(jnp.any(joint > -jnp.inf, axis=1), jnp.argmax(joint, axis=1), -1)
 
 
 @eqx.filter_jit  # so that an eager call compiles once
 def _map_joint(model: AbstractJointModel, function: Any, data: PyTree[Array]) -> Any:
-    block = lambda x: function(model.log_joint(x))  # noqa: E731
+    def block(x: PyTree[Array]) -> Any:
+        possible = model.in_support(x)
+        joint = model.log_joint(substitute(x, possible))
+        outside = outside_support(x, joint)
+        return function(jnp.where(possible[:, None], joint, outside[:, None]))
+
     return map_over_observations(block, data, width=model.width(data))
 
 

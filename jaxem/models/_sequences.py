@@ -24,7 +24,7 @@ from jaxem._core.blocks import (
 )
 from jaxem._core.checks import check_sample_weight, checked_key
 from jaxem._core.conversion import as_arrays
-from jaxem._core.numerics import float_dtype
+from jaxem._core.numerics import float_dtype, outside_support
 from jaxem._core.sequences import Sequences, as_sequences
 from jaxem._core.statistics import Framed
 from jaxem.emissions._base import AbstractEmission, Emission, cheapest, sums_of, width
@@ -107,7 +107,7 @@ class AbstractSequenceModel(AbstractComposite, Generic[Emission]):
         return jnp.where((found < 0) & (sequences.lengths > steps), steps, found)
 
     def log_prob(self, data: PyTree[Array]) -> Float[Array, " b"]:
-        """log p(x) of each sequence."""
+        """log p(x) of each sequence: −∞ if it is impossible, NaN where data hold NaN."""
         return self._infer("log_likelihood", data)
 
     def one_step_log_prob(self, data: PyTree[Array]) -> Float[Array, "b t"]:
@@ -123,15 +123,21 @@ class AbstractSequenceModel(AbstractComposite, Generic[Emission]):
         return self._infer("smoothed", data)
 
     def predict(self, data: PyTree[Array]) -> Int[Array, "b t"]:
-        """The most probable state of each step by itself (posterior decoding)."""
-        return jnp.argmax(self.responsibilities(data), axis=2)
+        """The most probable state of each step by itself (posterior decoding).
+
+        States are −1 beyond the end of a sequence, and in one that is impossible.
+        """
+        r = self.responsibilities(data)
+        return jnp.where(jnp.any(r > 0, axis=2), jnp.argmax(r, axis=2), -1)
 
     def viterbi(self, data: PyTree[Array]) -> tuple[Int[Array, "b t"], Float[Array, " b"]]:
         """The most probable path of each sequence, and log p(x, path).
 
-        Beyond the end of a sequence its last state is repeated.
+        Beyond the end of a sequence its last state is repeated. States are −1 in a sequence that
+        is impossible.
         """
-        return self._infer("best_path", data)
+        path, log_prob = self._infer("best_path", data)
+        return jnp.where((log_prob > -jnp.inf)[:, None], path, -1), log_prob
 
     def sample_paths(self, key: Array, data: PyTree[Array]) -> Int[Array, "b t"]:
         """One draw of the path of each sequence given the sequence.
@@ -255,8 +261,11 @@ def log_prob_of_steps(
     emission: AbstractEmission, sequences: Sequences, num_steps: int
 ) -> Float[Array, "b t k"]:
     """log p(xₜ | zₜ = k), 0 where none was observed; of `num_steps` in all blocks of sequences."""
-    present, x = usable_steps(emission, sequences, None)
-    return _of_steps(_log_prob(emission, x, num_steps), present)
+    present, x = sequences.present, sequences.steps()
+    possible = emission.in_support(x)
+    log_prob = _log_prob(emission, substitute(x, present.reshape(-1) & possible), num_steps)
+    outside = outside_support(x, log_prob)
+    return _of_steps(jnp.where(possible[:, None], log_prob, outside[:, None]), present)
 
 
 def _of_steps(log_prob: Float[Array, "n k"], present: Bool[Array, "b t"]) -> Float[Array, "b t k"]:
