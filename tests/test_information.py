@@ -172,7 +172,7 @@ def test_louis_identity():
 
 @pytest.mark.slow
 def test_standard_errors_agree_with_a_parametric_bootstrap():
-    n, lanes = 2_500, 2_000
+    n, lanes = 2_500, 600
     truth = Mixture(
         [0.4, 0.6], jaxem.emissions.Gaussian([[0.0], [3.0]], jnp.array([[[1.0]], [[0.5]]]))
     )

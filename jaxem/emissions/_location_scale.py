@@ -17,8 +17,8 @@ from jaxem.emissions._family import AbstractConjugateFamily
 class AbstractLocationScale(AbstractConjugateFamily, AbstractStarting):
     """Families of points around a mean, with a scale.
 
-    Of their sums `combined` gives the whitened moments of data and prior. As a family's options,
-    what its parameters are at a start are those of the scale, and other parameters by name.
+    Of their sums `combined` gives the whitened moments of data and prior. Options of a start are
+    those of the scale, and values of the other parameters by name.
     """
 
     support: ClassVar = reals("n d")

@@ -34,8 +34,8 @@ class Link(NamedTuple):
 class AbstractRegression(AbstractFamily, AbstractStarting):
     """Regressions of outputs on inputs u, in η = W u + b, one for each component.
 
-    Data are a tuple (u, y), perhaps with exposures (u, y, e), whose log is added to η. As a
-    family's options, what its parameters are at a start are those of its scale.
+    Data are a tuple (u, y), perhaps with exposures (u, y, e), whose log is added to η. Options of
+    a start are those of the scale, where there is one.
     """
 
     support: eqx.AbstractClassVar[Regressed]
@@ -96,7 +96,7 @@ class AbstractRegression(AbstractFamily, AbstractStarting):
 
     @classmethod
     def _level(cls, x: Any, sample_weight: Float[Array, " n"], options: Any) -> Self:
-        """One component at the mean of the outputs; counts get half an observation of a half."""
+        """One component at the mean of the outputs; counts get half an observation of ½."""
         (u, y, *exposure), dtype = x, sample_weight.dtype
         mean = level = weighted_mean(y.astype(dtype), sample_weight)
         if not cls.support.continuous:
