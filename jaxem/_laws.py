@@ -22,10 +22,13 @@ from jaxem.em._em import EM
 from jaxem.em._fit import fit
 from jaxem.em._problem import Problem
 from jaxem.em._solution import RESULTS
+from jaxem.emissions._family import AbstractConjugateFamily
 from jaxem.latents import Exact
 from jaxem.models._alone import as_model, shown
 from jaxem.models._base import AbstractModel, AbstractNamelessModel, all_finite, expected_sums
 from jaxem.models._functions import FunctionModel
+
+_DRAWS = 500  # of each component
 
 
 class NotApplicable(Exception):
@@ -146,7 +149,38 @@ def _fisher(model: Any, data: Any, tol: float) -> str:
     statistics, _ = _e_step(model, data)
     score = _score(model, data, _ones(model, data))
     of_q = _gradient_of_q(model, statistics)
+    for family in filter(_is_family, jax.tree.leaves(model, is_leaf=_is_family)):
+        _mean_score_is_zero(family, tol)
     return _near("the score and the gradient of Q", of_q, score, 10 * tol)
+
+
+def _is_family(node: Any) -> bool:
+    return isinstance(node, AbstractConjugateFamily)
+
+
+def _mean_score_is_zero(family: AbstractConjugateFamily, tol: float) -> None:
+    """What is expected of a law is at its maximum there, and draws are of that law."""
+    name, expected = type(family).__name__, family.expected()
+    slope = jax.grad(lambda f: f.expected_log_prob(f.reframe(expected, family)))(family)
+    zero = jax.tree.map(jnp.zeros_like, slope)
+    _near(f"the slope of Q at {name}.expected() and zero", slope, zero, 10 * tol)
+    z = jnp.arange(_DRAWS * family.num_components) % family.num_components
+    x, scores = _scores_of_draws(family, jax.random.key(0), z)
+    _require(jnp.all(family.in_support(x)), f"{name}.sample draws outside its support")
+    for score in jax.tree.leaves(scores):
+        error = jnp.std(score, axis=0) / len(z) ** 0.5
+        far = jnp.abs(jnp.mean(score, axis=0)) > 6 * error + tol
+        _require(~jnp.any(far), f"{name}.sample draws from another law than log_prob says")
+
+
+@eqx.filter_jit
+def _scores_of_draws(family: Any, key: Array, z: Array) -> tuple[Array, Any]:
+    x = family.sample(key, z)
+
+    def log_prob(family: Any, x: Array, z: Array) -> Array:
+        return family.log_prob(x[None], family.tilt())[0, z]
+
+    return x, jax.vmap(jax.grad(log_prob), in_axes=(None, 0, 0))(family, x, z)
 
 
 def _ascent(model: Any, data: Any, tol: float) -> str:

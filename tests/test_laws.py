@@ -322,6 +322,58 @@ def test_each_law_can_fail(broken, law):
     assert verdicts(broken)[law] == "fails"
 
 
+class FaultyPoisson(jaxem.authoring.AbstractExponentialFamily):
+    """A Poisson law that expects twice its statistic, or draws the next count."""
+
+    parameters: ClassVar = jaxem.emissions.Poisson.parameters
+    support: ClassVar = jaxem.emissions.Poisson.support
+    log_rate: jax.Array
+    fault: str = eqx.field(static=True)
+    frozen: jaxem.authoring.Frozen = eqx.field(static=True)
+
+    @property
+    def rate(self):
+        return jnp.exp(self.log_rate)
+
+    @property
+    def plain(self):
+        return jaxem.emissions.Poisson(self.rate)
+
+    def log_prob(self, x, tilt):
+        return self.plain.log_prob(x, tilt)
+
+    def canonical(self):
+        return self.plain.canonical()
+
+    def expected(self):
+        count, *others = self.plain.expected()
+        factor = 2.0 if self.fault == "expected" else 1.0
+        return type(self.plain.expected())(count, *(factor * leaf for leaf in others))
+
+    def maximize(self, sums):
+        return self.plain.maximize(sums)
+
+    def reframe(self, sums, old):
+        return self.plain.reframe(sums, old.plain)
+
+    def sample(self, key, z):
+        return self.plain.sample(key, z) + (self.fault == "sample")
+
+
+@pytest.mark.parametrize("fault", ["", "expected", "sample"])
+def test_what_a_law_expects_and_draws_is_held_to_its_density(fault):
+    model = jaxem.Mixture(
+        [0.4, 0.6],
+        FaultyPoisson(log_rate=jnp.log(jnp.array([[2.0], [7.0]])), fault=fault, frozen=()),
+    )
+    law, x = _laws.LAWS["Fisher's identity"], jnp.arange(12.0)[:, None]
+    if not fault:
+        law(model, x, 1e-9)
+        return
+    with pytest.raises(_laws.Broken, match=fault):
+        law(model, x, 1e-9)
+
+
 def test_an_exception_of_the_model_is_passed_on():
     def e_step(params, data):
         raise TypeError("a mistake of the author")
