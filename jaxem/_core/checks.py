@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterable
 from typing import Any, TypeGuard
 
 import equinox as eqx
@@ -139,6 +141,19 @@ def impossible_data(possible: np.ndarray) -> str:
         "observations weight 0, or remove them. (Of sequences, model.first_impossible(data) gives "
         f"the step.) Here: {len(wrong)} of {len(possible)} observations, number {first}."
     )
+
+
+def keywords(function: Callable[..., Any]) -> set[str]:
+    """The names of a function's keyword-only arguments."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def check_options(who: str, given: Iterable[str], known: set[str]) -> None:
+    """Raises for an option that a family does not have."""
+    if unknown := sorted(set(given) - known):
+        has = ", ".join(sorted(known)) or "none"
+        raise ValueError(f"{who} has no option {unknown[0]!r} of a start; it has {has}.")
 
 
 def name_of(value: Any) -> str:

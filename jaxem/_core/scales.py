@@ -12,6 +12,7 @@ M-step. With s = Σ r y and S = Σ r y yᵀ:  μ ← μ + L s/n,  and the scale'
 from __future__ import annotations
 
 import abc
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self
@@ -21,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 from numpy.typing import ArrayLike
 
+from jaxem._core.checks import keywords
 from jaxem._core.numerics import filled
 
 MIN_SPREAD = 1e-3
@@ -142,6 +144,12 @@ class ScaleParameter(NamedTuple):
     role: str = "scale"
     is_log: bool = False
     separate: bool = True  # whether components have covariances apart, which a mask may freeze
+
+    @property
+    def options(self) -> set[str]:
+        """What a start may set: keywords of `pooled` that are not set already."""
+        fixed = self.pooled.keywords if isinstance(self.pooled, functools.partial) else {}
+        return keywords(self.pooled) - fixed.keys()
 
     def is_shared(self, module: Any) -> bool:
         """Whether components share it."""

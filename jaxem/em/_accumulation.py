@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from jaxem._core.checks import check_count
+from jaxem._core.checks import check_count, check_nonnegative, check_values
 from jaxem._core.parameters import replace
 from jaxem._core.schedules import AbstractSchedule, Power
 from jaxem._core.statistics import Framed
@@ -148,8 +148,9 @@ class Online(AbstractAccumulation):
             )
         if self.batch_size is not None:
             check_count("batch_size", self.batch_size)
-        if self.population is not None and not self.population > 0:
-            raise ValueError(f"population must be positive, got {self.population!r}.")
+        if self.population is not None:
+            check_nonnegative("population", self.population)
+            check_values(jnp.asarray(self.population) > 0, "population must be positive.")
         if self.average_from is not None:
             check_count("average_from, a step,", self.average_from)
 

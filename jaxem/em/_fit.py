@@ -15,6 +15,7 @@ from jaxem._core.checks import (
     check_nonnegative,
     checked_key,
     impossible_data,
+    is_integer,
     or_absent,
 )
 from jaxem._core.numerics import float_dtype
@@ -94,10 +95,10 @@ def fit(
         )
     model = as_model(model, "fit")
     problem = as_problem(data, model, sample_weight, prior)
-    _check_settings(algorithm, tol, max_steps, adjoint)
+    _check_settings(algorithm, tol, max_steps, adjoint, progress)
     dtype = float_dtype(model)
     tol = float(jnp.finfo(dtype).eps) ** (2 / 3) if tol is None else tol
-    progress = Progress(progress) if isinstance(progress, int) else progress
+    progress = Progress(progress) if isinstance(progress, int | np.integer) else progress
     problem = replace(problem, shards=problem.shards or shards_of(problem.data))
     loop = Loop(algorithm, int(max_steps), progress)
     key = None if key is None else checked_key(key)
@@ -134,7 +135,7 @@ def _fit(loop: Loop, inputs: Inputs, adjoint: AbstractAdjoint) -> tuple[Solution
     return solution, is_any(result, *failures)
 
 
-def _check_settings(algorithm: Any, tol: Any, max_steps: Any, adjoint: Any) -> None:
+def _check_settings(algorithm: Any, tol: Any, max_steps: Any, adjoint: Any, progress: Any) -> None:
     if not isinstance(algorithm, AbstractAlgorithm):
         advice = (
             "EM(Hard())"
@@ -145,6 +146,13 @@ def _check_settings(algorithm: Any, tol: Any, max_steps: Any, adjoint: Any) -> N
     if not isinstance(adjoint, AbstractAdjoint):
         raise ValueError(f"the adjoint must be one such as Implicit(), got {adjoint!r}.")
     check_count("max_steps", max_steps, 0)
+    most = jnp.iinfo(jnp.int32).max - 1
+    if max_steps > most:
+        raise ValueError(f"max_steps must be at most {most}, got {max_steps}.")
+    if not (progress is None or is_integer(progress) or isinstance(progress, Progress)):
+        raise ValueError(
+            f"progress is a number of steps or Progress(every, report), got {progress!r}."
+        )
     check_nonnegative("tol", tol if tol is not None else 0.0)
 
 

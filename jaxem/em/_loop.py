@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxem._core.checks import or_absent
+from jaxem._core.checks import check_count, or_absent
 from jaxem._core.statistics import Framed
 from jaxem.em._algorithm import AbstractAlgorithm, State
 from jaxem.em._problem import Problem
@@ -55,15 +55,16 @@ class Progress(eqx.Module):
 
     **Arguments:** `every`, in steps; `report(step, objective, change)`, default: print a line.
 
-    **Raises:** `ValueError` for less than every step.
+    **Raises:** `ValueError` for less than every step, or a report that is no function.
     """
 
     every: int = eqx.field(static=True, default=10)
     report: Callable[..., None] = eqx.field(static=True, default=_print_progress)
 
     def __check_init__(self):
-        if self.every < 1:
-            raise ValueError(f"Progress reports every 1 or more steps, got {self.every}.")
+        check_count("every, in Progress,", self.every)
+        if not callable(self.report):
+            raise ValueError(f"report must be a function of three numbers, got {self.report!r}.")
 
     def emit(self, step: Array, objective: Array, change: Array) -> None:
         """Reports from within a compiled program, if `every` divides the number of this step."""

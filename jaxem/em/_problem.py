@@ -7,7 +7,7 @@ import jax
 from jaxtyping import Array, Float, PyTree
 
 from jaxem._core.blocks import num_observations, total_weight
-from jaxem._core.checks import check_sample_weight
+from jaxem._core.checks import check_sample_weight, name_of
 from jaxem._core.conversion import as_arrays
 from jaxem._core.numerics import float_dtype
 from jaxem._core.parameters import replace
@@ -87,6 +87,8 @@ def as_problem(
         )
     if given.checked:
         return given
+    if not isinstance(model, AbstractModel):
+        raise ValueError(f"expected a model, then the data; got {name_of(model)} first.")
     model.check(given.data)
     weight, prior = given.sample_weight, given.prior
     check_sample_weight(weight, given.num_observations)

@@ -16,7 +16,7 @@ from jaxem._core.statistics import Framed
 class RESULTS(eqx.Enumeration):
     """How a fit ended. Under vmap each lane has a result of its own."""
 
-    converged = ""
+    converged = "The fit converged."
     max_steps_reached = (
         "The fit did not converge within max_steps: raise max_steps, or tol if the error is small "
         "enough already."

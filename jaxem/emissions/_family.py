@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from numpy.typing import ArrayLike
 
 from jaxem._core.blocks import weighted_mean
+from jaxem._core.checks import check_options, keywords
 from jaxem._core.freezing import freeze
 from jaxem._core.numerics import as_float, divide, float_dtype, pseudo_count
 from jaxem._core.parameters import free, replace, update, where_rows, within_bounds
@@ -205,6 +206,7 @@ class AbstractExponentialFamily(AbstractConjugateFamily, AbstractStarting):
             name: parameter.typical({"k": 1} | sizes, dtype)
             for name, parameter in cls.parameters.items()
         }
+        check_options(cls.__name__, options, keywords(cls))
         start, sample_weight = cls(**typical, **options), sample_weight.astype(dtype)
         if cls.support.continuous:
             start = start.located_at(weighted_mean(x, sample_weight)[None], jnp.ones((), dtype))

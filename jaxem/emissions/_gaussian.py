@@ -68,7 +68,7 @@ class Gaussian(AbstractGaussian):
     McLachlan & Peel (2000), *Finite Mixture Models*, section 3.2.
     """
 
-    parameters: ClassVar = {"mean": MEAN, "covariance": scale(pooled_full_scale)}
+    parameters: ClassVar = {"mean": MEAN, "covariance": scale(pooled_full_scale, tied=False)}
     mean: Float[Array, "k d"]
     structure: FullScale
     frozen: Frozen = eqx.field(static=True)

@@ -97,9 +97,8 @@ class GradientEmission(AbstractFamily, AbstractLocal):
     frozen: Frozen = eqx.field(static=True)
 
     def __init__(self, modules: Sequence[Any]):
-        modules = list(modules)
-        if not modules:
-            raise ValueError("GradientEmission needs one module or more.")
+        if not isinstance(modules, list | tuple) or not modules:
+            raise ValueError("GradientEmission takes a list of modules, one or more.")
         for module in modules:
             if not isinstance(module, _Density):
                 raise ValueError(f"{type(module).__name__} has no method log_prob(x).")

@@ -33,7 +33,15 @@ class Independent(AbstractNested, AbstractStarting):
 
     parts: tuple[AbstractEmission, ...]
 
-    def __init__(self, parts: Sequence[AbstractEmission]):
+    def __init__(self, parts: Sequence[AbstractEmission], *others: Any):
+        if others or not isinstance(parts, list | tuple):
+            raise ValueError("Independent takes one list of emissions: Independent([a, b]).")
+        wrong = [part for part in parts if not isinstance(part, AbstractEmission)]
+        if wrong:
+            raise ValueError(
+                "Independent takes a list of emissions, such as Poisson([[1.0], [2.0]]); got "
+                f"{wrong[0]!r}. Families go into functools.partial(Independent, families=…)."
+            )
         sizes = {part.num_components for part in parts}
         if len(sizes) != 1:
             raise ValueError(

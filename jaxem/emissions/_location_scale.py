@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxem._core.blocks import weighted_mean
+from jaxem._core.checks import check_options
 from jaxem._core.parameters import build, replace
 from jaxem._core.scales import AbstractScale
 from jaxem._core.supports import reals
@@ -42,6 +43,7 @@ class AbstractLocationScale(AbstractConjugateFamily, AbstractStarting):
             for n, p in others.items()
         }
         (scale,) = (p for p in cls.parameters.values() if p.role == "scale")
+        check_options(cls.__name__, options, scale.options)
         structure = scale.pooled(x, mean, sample_weight, **options)
         one = build(cls, mean=mean[None], structure=structure, **leaves, frozen=())
         means = jnp.broadcast_to(one.mean, (num_components, x.shape[1]))

@@ -15,8 +15,10 @@ from jaxem._core.scales import MIN_SPREAD
 from jaxem.emissions._gaussian import MEAN, AbstractGaussian, scale
 
 
-def _pooled(x, mean, sample_weight, *, structure: str = "VVV", **options) -> Parsimonious:
-    full = pooled_full_scale(x, mean, sample_weight, **options)
+def _pooled(
+    x, mean, sample_weight, *, structure: str = "VVV", min_spread: float = MIN_SPREAD
+) -> Parsimonious:
+    full = pooled_full_scale(x, mean, sample_weight, min_spread=min_spread)
     return Parsimonious.from_factor(structure, full.factor(), full.min_spread)
 
 

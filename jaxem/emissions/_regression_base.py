@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from jaxem._core import linalg as la
 from jaxem._core.blocks import weighted_mean
+from jaxem._core.checks import check_options
 from jaxem._core.constraints import real
 from jaxem._core.inputs import InputFrame
 from jaxem._core.parameters import build, replace
@@ -103,11 +104,9 @@ class AbstractRegression(AbstractFamily, AbstractStarting):
             n = jnp.sum(sample_weight)
             level = (n * mean + 0.5) / (n + 1)
         offset = jnp.log(weighted_mean(exposure[0], sample_weight)) if exposure else 0
-        scales = {
-            p.leaf: p.pooled(y, mean, sample_weight, **options)
-            for p in cls.parameters.values()
-            if isinstance(p, ScaleParameter)
-        }
+        of_residuals = [p for p in cls.parameters.values() if isinstance(p, ScaleParameter)]
+        check_options(cls.__name__, options, set().union(*(p.options for p in of_residuals)))
+        scales = {p.leaf: p.pooled(y, mean, sample_weight, **options) for p in of_residuals}
         return build(
             cls,
             coefficients=jnp.zeros((1, y.shape[1], u.shape[1]), dtype),

@@ -19,6 +19,7 @@ Meng & van Dyk (1997), JRSS B 59; Liu, Rubin & Wu (1998), Biometrika 85 (PX-EM);
 Peel & McLachlan (2000), Stat. Comput. 10 (mixtures).
 """
 
+import functools
 import math
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -105,7 +106,9 @@ class StudentT(AbstractLocationScale):
             counted=(*ScaledMoments._fields[:5], "prior_mean_count", "prior_first"),
         ),
         "scale": ScaleParameter(
-            "structure", pooled_full_scale, counted=("prior_scale_count", "prior_second")
+            "structure",
+            functools.partial(pooled_full_scale, tied=False),
+            counted=("prior_scale_count", "prior_second"),
         ),
         "dof": positive(
             "log_dof",

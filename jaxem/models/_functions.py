@@ -136,5 +136,12 @@ def from_functions(
 
     The functions must be module-level, or kept, for a second fit to reuse the compiled one:
     they are compared by identity.
+
+    **Raises:** `ValueError` for what is no function, or parameters without an array.
     """
+    for name, function in (("e_step", e_step), ("m_step", m_step)):
+        if not callable(function):
+            raise ValueError(f"{name} must be a function, got {function!r}.")
+    if not jax.tree.leaves(params):
+        raise ValueError(f"params must hold one array or more, got {params!r}.")
     return FunctionModel(jax.tree.map(as_float_array, params), e_step, m_step)

@@ -163,6 +163,7 @@ class HMM(AbstractSequenceModel, Generic[Emission]):
 
         **Raises:** `ValueError` for transitions that inputs drive: theirs are not known.
         """
+        check_count("num_steps", num_steps)
         if not isinstance(self.transition, Transition):
             raise ValueError("forecast needs a Transition: inputs of the future are not known.")
         return self._infer("forecast", data, num_steps=num_steps)

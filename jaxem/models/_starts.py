@@ -77,6 +77,11 @@ def seed(
     if method not in ("k-means++", "random"):
         raise ValueError(f'method must be "k-means++" or "random", got {method!r}.')
     whole: Any = pooled(data, 1, family, sample_weight)
+    if not jax.tree.leaves(whole):
+        raise ValueError(
+            f"{type(whole).__name__} has no parameters that a start could find: it is a part of "
+            "Independent."
+        )
     if not isinstance(whole, MixtureEmission):
         components = _seed(key, data, whole, num_components, sample_weight, method)
         check_support(components, data, sample_weight)
