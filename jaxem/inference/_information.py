@@ -88,7 +88,7 @@ class Covariance(eqx.Module):
     def __repr__(self) -> str:
         if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(self)) or self.matrix.ndim > 2:
             return f"Covariance(shape {self.matrix.shape})"
-        head = f"Covariance of {self.matrix.shape[0]} parameters"
+        head = f"Covariance of {self.matrix.shape[0]} numbers"
         if not bool(self.proper):
             head += "; the information is indefinite: these estimates are no maximum"
         elif float(self.distance) > 0.1:
@@ -160,8 +160,10 @@ def standard_errors(
     """Standard errors of the parameters, by name and nested as the model is.
 
     From the observed information, or with `robust` from the `sandwich`. Entries that
-    `Covariance.undetermined` marks count only what is determined. NaN where the model is no
-    maximum.
+    `Covariance.undetermined` marks count only what is determined. NaN where the information is
+    indefinite, so that the model is no maximum. Of a model that is not fitted they are those of its
+    parameters as given: `observed_information(…).covariance().distance` says how far away the
+    maximum is.
 
     **Arguments:** as for `observed_information`.
     """
