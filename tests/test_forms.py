@@ -12,6 +12,7 @@ import jaxem
 from jaxem._core.parameters import replace
 from jaxem._core.statistics import distance
 from jaxem.emissions._base import log_prob
+from jaxem.models._finite import sums_of_joint
 
 N, K = 256, 4
 FAMILIES = ("full", "tied", "diagonal", "spherical", "one diagonal", "one sphere")
@@ -82,7 +83,8 @@ def both_forms(model, x):
 
     def one(components):
         frozen = replace(model, components=components)
-        (counts, sums), value = frozen._sums(x, None, jaxem.em.Exact(), None)
+        at, exact = frozen.tilt(), jaxem.em.Exact()
+        (counts, sums), value = sums_of_joint(frozen, frozen.tilted, at, x, None, exact, None)
         return log_prob(components, x), (counts, sums), value
 
     return safe, one(model.components), one(expanded)

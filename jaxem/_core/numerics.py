@@ -117,11 +117,12 @@ def float_dtype(module: Any) -> Any:
 
 
 def half_deviance(x: Array, log_rate: Array) -> Array:
-    """x log(x/λ) − (x − λ), to full relative precision where x is near λ."""
+    """x log(x/λ) − (x − λ), to full relative precision where x is near λ; ∞ where x < 0."""
     rate = jnp.exp(log_rate)
-    positive = x > 0
+    positive = ~(x <= 0)  # a NaN stays one
     safe = jnp.where(positive, x, 1)
     excess = (rate - safe) / safe
     near = jnp.abs(excess) < 0.5
     log_ratio = jnp.where(near, jnp.log1p(jnp.where(near, excess, 0)), log_rate - jnp.log(safe))
-    return jnp.where(positive, (rate - x) - x * log_ratio, rate)
+    at_zero = jnp.where(x < 0, jnp.inf, rate)
+    return jnp.where(positive, (rate - x) - x * log_ratio, at_zero)

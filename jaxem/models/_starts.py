@@ -36,7 +36,8 @@ def pooled(
     if sample_weight is None:
         sample_weight = jnp.ones(n, floating(data))
     else:
-        sample_weight = sample_weight.astype(floating(data))
+        if not jnp.issubdtype(sample_weight.dtype, jnp.floating):
+            sample_weight = sample_weight.astype(floating(data))
         data = substitute(data, sample_weight > 0)
     components = cls.pooled(data, num_components, sample_weight, **keywords)
     components.check(data)
