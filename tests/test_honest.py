@@ -556,7 +556,7 @@ REFUSED = {
     "an expectation as algorithm": (lambda x: _fit_full(x, Hard()), X, r"EM\(Hard\(\)\)"),
     "an expectation's class": (lambda x: _fit_full(x, EM(Hard)), X, "expectation"),
     "no adjoint": (lambda x: _fit_full(x, adjoint=None), X, "adjoint"),
-    "progress every 0 steps": (lambda x: _fit_full(x, progress=0), X, "1 or more"),
+    "progress every 0 steps": (lambda x: _fit_full(x, progress=0), X, "≥ 1"),
     "a model's class": (lambda x: jaxem.fit(Mixture, x), X, r"a class: Mixture.init\("),
     "an emission": (
         lambda x: jaxem.fit(FULL.components, x),
