@@ -15,6 +15,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 
 Frozen = tuple[tuple[str, tuple[bool, ...] | None], ...]
@@ -77,6 +78,30 @@ def where_rows(mask: Any, chosen: Any, other: Any) -> Any:
         return jnp.where(jnp.reshape(mask, (-1,) + (1,) * (b.ndim - 1)), a, b)
 
     return jax.tree.map(one, chosen, other)
+
+
+def with_rows(module: _T, order: Any) -> _T:
+    """A factor with its rows, one for each component, in another order; what is shared has one."""
+    size = len(order)
+
+    def rows(leaf: jax.Array) -> jax.Array:
+        return leaf[order] if leaf.shape[0] == size else leaf
+
+    moved, frozen = jax.tree.map(rows, module), reordered_masks(module, order)
+    return moved if frozen == module.frozen else replace(moved, frozen=frozen)
+
+
+def reordered_masks(module: Any, order: Any) -> Frozen:
+    """What is frozen, with masks over components in another order, which must be known."""
+    if all(mask is None for _, mask in module.frozen):
+        return module.frozen
+    if isinstance(order, Tracer):
+        raise ValueError("a traced order cannot reorder masks of what is frozen: leave jit.")
+    places = np.asarray(order)
+    return tuple(
+        (name, mask if mask is None else tuple(mask[i] for i in places))
+        for name, mask in module.frozen
+    )
 
 
 def free(module: Any, name: str) -> np.ndarray:

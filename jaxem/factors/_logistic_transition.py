@@ -17,14 +17,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from numpy.typing import ArrayLike
 
 from jaxem._core import linalg as la
 from jaxem._core.checks import check_shape
 from jaxem._core.constraints import leaves_of, real, simplex
 from jaxem._core.numerics import as_float, pseudo_count
-from jaxem._core.parameters import Frozen, free, update
+from jaxem._core.parameters import Frozen, free, replace, update, with_rows
 from jaxem._core.quadratic import Kronecker, LocalQuadratic
 from jaxem._core.statistics import Framed
 from jaxem.factors._transition import AbstractTransition
@@ -81,6 +81,10 @@ class LogisticTransition(AbstractTransition):
         k, _, p = self.slopes.shape
         rows = np.sum(free(self, "baseline")) + p * np.sum(free(self, "coefficients"))
         return int(rows) * (k - 1)
+
+    def reordered(self, order: Int[Array, " k"]) -> Self:
+        rows = with_rows(self, order)
+        return replace(rows, logits=rows.logits[:, order], slopes=rows.slopes[:, order])
 
     def check(self, inputs: Array | None) -> None:
         p = self.slopes.shape[2]

@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 from numpy.typing import ArrayLike
 
 from jaxem._core.checks import check_shape, check_values, concrete
 from jaxem._core.constraints import simplex
 from jaxem._core.numerics import as_float, pseudo_count
-from jaxem._core.parameters import Frozen, free, update
+from jaxem._core.parameters import Frozen, free, reordered_masks, replace, update, with_rows
 from jaxem._core.statistics import Framed
 from jaxem.factors._base import AbstractFactor
 from jaxem.factors._simplex import log_shares
@@ -48,6 +48,10 @@ class AbstractTransition(AbstractFactor):
         Their logarithms are those of self and ⟨tilt, statistics of a transition⟩, to first order
         at tilt = 0.
         """
+
+    @abc.abstractmethod
+    def reordered(self, order: Int[Array, " k"]) -> Self:
+        """The same transitions between states in another order."""
 
 
 class Transition(AbstractTransition):
@@ -159,6 +163,22 @@ class Transition(AbstractTransition):
     def never_goes_back(self) -> bool:
         """Whether no state leads to one of a lower number, and there are two or more."""
         return self.num_states > 1 and not np.tril(self.possible, -1).any()
+
+    def reordered(self, order: Int[Array, " k"]) -> Self:
+        if self.mask is None and self.row == tuple(range(self.num_states)):
+            return replace(with_rows(self, order), logits=self.logits[order][:, order])
+        places = concrete(order)
+        if places is None:
+            raise ValueError("a traced order cannot reorder structural zeros or ties: leave jit.")
+        labels = [self.row[place] for place in places]
+        rows = list(dict.fromkeys(labels))  # in the order in which states first use them
+        return replace(
+            self,
+            logits=self.logits[np.asarray(rows)][:, order],
+            mask=self.mask and tuple(tuple(self.mask[i][j] for j in places) for i in rows),
+            row=tuple(rows.index(label) for label in labels),
+            frozen=reordered_masks(self, rows),
+        )
 
     def check(self, inputs: Array | None) -> None:
         if inputs is not None:
