@@ -249,7 +249,7 @@ def test_progress_prints_a_line_and_refuses_nonsense(capsys):
     jaxem.fit(poissons(), X, tol=0.0, max_steps=4, progress=2)
     jax.effects_barrier()
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["2", "4"]
-    with pytest.raises(ValueError, match="every 1 or more steps"):
+    with pytest.raises(ValueError, match="integer ≥ 1"):
         jaxem.fit(poissons(), X, progress=0)
 
 

@@ -96,7 +96,7 @@ def scalar_joint(params, x):
             lambda: jaxem.fit(CASES["log-joint"]().model, X, EM(accumulation=jaxem.em.Online())),
             "use Full",
         ),
-        (lambda: GradientEmission([]), "one module or more"),
+        (lambda: GradientEmission([]), "one or more"),
         (lambda: GradientEmission([3.0]), "log_prob"),
         (lambda: GradientEmission([module(0.0), Bent(jnp.zeros(2))]), "alike"),
         (lambda: GradientEmission([Counted(jnp.arange(2), jnp.zeros(2))]), "no other arrays"),

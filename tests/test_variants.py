@@ -531,7 +531,7 @@ REFUSED = {
     "a temperature for a schedule": (lambda: Annealed(2.0), "takes a schedule"),
     "a negative temperature": (lambda: Tempered(-1.0), "must be positive"),
     "a schedule that stays away": (lambda: Geometric(0.5, 1.0), "never reaches"),
-    "a negative population": (lambda: Online(population=-5.0), "population must be positive"),
+    "a negative population": (lambda: Online(population=-5.0), "population must not be negative"),
     "a share of a burn-in": (lambda: Power(burn_in=2.5), "burn_in must be an integer"),
     "one batch's objective": (
         lambda: EM(accumulation=Online(batch_size=8), maximization=CLIMB),
