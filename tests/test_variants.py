@@ -248,6 +248,17 @@ def test_gradient_steps_compile_once():
     assert len(traces) == 1
 
 
+@pytest.mark.parametrize("population", [None, 60.0])
+def test_a_batch_without_weight_changes_nothing(population):
+    model, x, *_ = CASES["gaussian"]()
+    algorithm = EM(accumulation=Online(Power(0.7), population=population))
+    state = algorithm.init(model, x)
+    nothing = jaxem.em.Problem(x[:10], jnp.zeros(10))
+    after = algorithm.step(state, nothing)
+    np.testing.assert_allclose(after.objective, state.objective, rtol=1e-12)
+    assert jnp.isfinite(algorithm.step(after, x).objective)
+
+
 def test_online_em_over_batches_of_a_stream_stands_for_its_population():
     truth = jaxem.Mixture([0.3, 0.7], jaxem.emissions.Poisson([[1.0, 2.0], [8.0, 5.0]]))
     draws, _ = truth.sample(KEY, 3000)

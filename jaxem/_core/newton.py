@@ -60,11 +60,13 @@ def maximize_by_newton(
     climb = _climb(function, derivatives, *lax.stop_gradient((start, args)), box, free, max_steps)
     found, moves, arrived = lax.stop_gradient((climb.theta, climb.moves, climb.arrived))
     theta = jnp.where(free, found, start)
-    for _ in range(2):
+
+    def again(theta: Array, _: None) -> tuple[Array, None]:
         gradient, hessian = derivatives(theta, args)
         step, _ = _newton_step(gradient, hessian, moves & arrived)
-        theta = jnp.where(moves, jnp.clip(theta + step, *box), theta)
-    return theta
+        return jnp.where(moves, jnp.clip(theta + step, *box), theta), None
+
+    return lax.scan(again, theta, length=2)[0]  # one program for both steps
 
 
 def maximize_each(

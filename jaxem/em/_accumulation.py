@@ -171,7 +171,7 @@ class Online(AbstractAccumulation):
         if self.batch_size is None:
             if self.population is None:
                 return Batch(problem)
-            return Batch(problem, self.population / problem.total_weight)
+            return Batch(problem, self._times(problem))
         if key is None:
             raise ValueError(
                 "Online(batch_size=…) draws observations at random: give fit (or init and step) a "
@@ -186,14 +186,19 @@ class Online(AbstractAccumulation):
             return leaf.at[rows].get(mode="promise_in_bounds")
 
         data, weight = jax.tree.map(take, (problem.data, problem.sample_weight))
-        times = n / size
-        if self.population is not None:
-            times = times * self.population / problem.total_weight
+        times = n / size * (1 if self.population is None else self._times(problem))
         return Batch(replace(problem, data=data, sample_weight=weight), times, rows)
+
+    def _times(self, problem: Problem) -> Any:
+        """How often the data given go into the population; 1 where they have no weight."""
+        total = problem.total_weight
+        return self.population / jnp.where(total > 0, total, self.population)
 
     def __call__(self, memory, new, objective, step):
         old, old_objective, mean = memory
-        rate = self.rate(step).astype(objective.dtype)
+        seen = jnp.stack([jnp.any(leaf != 0) for leaf in jax.tree.leaves(new.sums)]).any()
+        # A batch without weight says nothing
+        rate = jnp.where(seen, self.rate(step), 0).astype(objective.dtype)
         running = rate * new + (1 - rate) * old
         objective = rate * objective + (1 - rate) * old_objective
         if self.average_from is not None:

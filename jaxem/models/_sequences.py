@@ -95,8 +95,11 @@ class AbstractSequenceModel(AbstractComposite, Generic[Emission]):
         exceeds the steps that there are at the first that is missing.
         """
         sequences = as_sequences(as_arrays(data))
+        self.check(sequences)
         possible = self.emission.in_support(sequences.steps()).reshape(sequences.within.shape)
-        bad = (sequences.present & ~possible) | (self._infer("log_increments", data) == -jnp.inf)
+        # as in an E-step, which shares the work
+        increments = _answers(self, "log_increments", sequences, None, {}, False)
+        bad = (sequences.present & ~possible) | (increments == -jnp.inf)
         if (inputs := sequences.driving()) is not None:
             bad |= ~jnp.all(jnp.isfinite(inputs), axis=2)
         bad = jnp.where(sequences.within, bad, jnp.arange(bad.shape[1]) == 0)
@@ -154,7 +157,7 @@ class AbstractSequenceModel(AbstractComposite, Generic[Emission]):
         """What the latent of each sequence answers: its method `question`, given a key or none."""
         data = as_arrays(data)
         self.check(data)
-        return _answers(self, question, as_sequences(data), keys, settings)
+        return _answers(self, question, as_sequences(data), keys, settings, True)
 
     def _emit(self, key: Array, z: Int[Array, "n t"]) -> PyTree[Array]:
         """A draw of the emission at each of these states."""
@@ -229,6 +232,7 @@ def _answers(
     data: Sequences,
     keys: Array | None,
     settings: dict[str, int],
+    judged: bool,
 ) -> Any:
     def answer(latent: Any, key: Array | None) -> Any:
         method = getattr(latent, question)
@@ -236,7 +240,7 @@ def _answers(
 
     def block(part: Any) -> Any:
         sequences, keys = part
-        log_b = log_prob_of_steps(model.emission, sequences, data.within.size)
+        log_b = log_prob_of_steps(model.emission, sequences, data.within.size, judged)
         latents, axes, _ = model.latents(sequences, log_b, None)
         return jax.vmap(answer, in_axes=(axes, None if keys is None else 0))(latents, keys)
 
@@ -258,9 +262,15 @@ def usable_steps(
 
 
 def log_prob_of_steps(
-    emission: AbstractEmission, sequences: Sequences, num_steps: int
+    emission: AbstractEmission, sequences: Sequences, num_steps: int, judged: bool = True
 ) -> Float[Array, "b t k"]:
-    """log p(xₜ | zₜ = k), 0 where none was observed; of `num_steps` in all blocks of sequences."""
+    """log p(xₜ | zₜ = k), 0 where none was observed; of `num_steps` in all blocks of sequences.
+
+    Where it is `judged`, −∞ outside the support.
+    """
+    if not judged:
+        present, x = usable_steps(emission, sequences, None)
+        return _of_steps(_log_prob(emission, x, num_steps), present)
     present, x = sequences.present, sequences.steps()
     possible = emission.in_support(x)
     log_prob = _log_prob(emission, substitute(x, present.reshape(-1) & possible), num_steps)
