@@ -61,7 +61,7 @@ def maximize_by_newton(
     found, moves, arrived = lax.stop_gradient((climb.theta, climb.moves, climb.arrived))
     theta = jnp.where(free, found, start)
 
-    def again(theta: Array, _: None) -> tuple[Array, None]:
+    def again(theta: Array, _: Any) -> tuple[Array, None]:
         gradient, hessian = derivatives(theta, args)
         step, _ = _newton_step(gradient, hessian, moves & arrived)
         return jnp.where(moves, jnp.clip(theta + step, *box), theta), None

@@ -87,8 +87,9 @@ def with_rows(module: _T, order: Any) -> _T:
     def rows(leaf: jax.Array) -> jax.Array:
         return leaf[order] if leaf.shape[0] == size else leaf
 
-    moved, frozen = jax.tree.map(rows, module), reordered_masks(module, order)
-    return moved if frozen == module.frozen else replace(moved, frozen=frozen)
+    moved: Any = jax.tree.map(rows, module)
+    masks = reordered_masks(module, order)
+    return moved if masks == moved.frozen else replace(moved, frozen=masks)
 
 
 def reordered_masks(module: Any, order: Any) -> Frozen:

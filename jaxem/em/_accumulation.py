@@ -191,8 +191,9 @@ class Online(AbstractAccumulation):
 
     def _times(self, problem: Problem) -> Any:
         """How often the data given go into the population; 1 where they have no weight."""
-        total = problem.total_weight
-        return self.population / jnp.where(total > 0, total, self.population)
+        total, population = problem.total_weight, self.population
+        assert population is not None
+        return population / jnp.where(total > 0, total, population)
 
     def __call__(self, memory, new, objective, step):
         old, old_objective, mean = memory

@@ -55,7 +55,8 @@ def align(model: _Model, reference: Any, data: PyTree[Array]) -> _Model:
 
     **Raises:** `ValueError` for models of different numbers of components.
     """
-    own, others = (_flat(each.responsibilities(data)) for each in (model, reference))
+    models: tuple[Any, Any] = model, reference
+    own, others = (_flat(each.responsibilities(data)) for each in models)
     if own.shape != others.shape:
         raise ValueError(
             f"align takes models of as many components, got {own.shape[1]} and {others.shape[1]}."
