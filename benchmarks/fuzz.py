@@ -10,7 +10,7 @@ constant columns, clusters far apart, few observations), a random start and one 
 - `plateau`: `converged`, and EM in float64 from there, over ten times as many steps, gains more
   than 1e-3 nats for each observation;
 - `decreased`: EM with exact sums, and the objective is said to have fallen;
-- `weights`: the fit with all weights 2 is another than that of the data twice.
+- `float64`: the objective per observation is another in float64, relative to its size.
 
 Counts per outcome are printed, and each lie with the seed that repeats it.
 """
