@@ -132,17 +132,6 @@ def or_absent(fits: Array, sample_weight: Any) -> Array:
     return fits if sample_weight is None else fits | (sample_weight == 0)
 
 
-def impossible_data(possible: np.ndarray) -> str:
-    """The message for data outside a model's support, with the first such observations."""
-    wrong = np.flatnonzero(~possible)
-    first = ", ".join(map(str, wrong[:5])) + (", …" if len(wrong) > 5 else "")
-    return (
-        "The data hold a NaN, an infinity or a value outside the family's support; give such "
-        "observations weight 0, or remove them. (Of sequences, model.first_impossible(data) gives "
-        f"the step.) Here: {len(wrong)} of {len(possible)} observations, number {first}."
-    )
-
-
 def keywords(function: Callable[..., Any]) -> set[str]:
     """The names of a function's keyword-only arguments."""
     parameters = inspect.signature(function).parameters.values()

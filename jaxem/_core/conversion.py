@@ -74,7 +74,7 @@ def _as_array(leaf: Any) -> Any:
         raise ValueError(
             f"data are {what.get(array.dtype.kind, 'no numbers')} (dtype {array.dtype}): {advice}."
         )
-    return jnp.asarray(array.astype(_held(array), copy=False))
+    return jnp.asarray(_held(array))
 
 
 def without_masks(values: PyTree[Any]) -> tuple[PyTree[Any], np.ndarray | None]:
@@ -82,15 +82,12 @@ def without_masks(values: PyTree[Any]) -> tuple[PyTree[Any], np.ndarray | None]:
 
     **Raises:** `ValueError` for a step that is masked in part.
     """
-    leaves = [leaf for leaf in jax.tree.leaves(values) if np.ma.is_masked(leaf)]
-    if not leaves:
+    leaves = jax.tree.leaves(values)
+    if not any(np.ma.is_masked(leaf) for leaf in leaves):
         return values, None
-    masks = [
-        np.ma.getmaskarray(leaf) if isinstance(leaf, np.ma.MaskedArray) else np.zeros(leaf.shape)
-        for leaf in jax.tree.leaves(values)
-    ]
-    flat = np.concatenate([mask.reshape(*mask.shape[:2], -1) for mask in masks], axis=2) != 0
-    unobserved = flat.all(axis=2)
+    masks = [np.ma.getmaskarray(leaf) for leaf in leaves]
+    flat = np.concatenate([mask.reshape(*mask.shape[:2], -1) for mask in masks], axis=2)
+    unobserved = np.asarray(flat.all(axis=2))
     if np.any(flat.any(axis=2) & ~unobserved):
         raise ValueError(
             "values hold steps that are masked in part: mask all of a step, or nothing of it."
@@ -110,18 +107,18 @@ def without_masks(values: PyTree[Any]) -> tuple[PyTree[Any], np.ndarray | None]:
 def _numbers(array: np.ndarray) -> np.ndarray:
     """The numbers in an array of objects, as columns of mixed or nullable types give one."""
     kinds = (bool, int, float, np.bool_, np.integer, np.floating)
-    other = next((entry for entry in array.flat if not isinstance(entry, kinds)), None)
-    if array.size and (other is not None or any(entry is None for entry in array.flat)):
+    others = [entry for entry in array.flat if not isinstance(entry, kinds)]
+    if others:
         raise ValueError(
-            f"data hold an entry that is no number, {other!r} (dtype object): fill or drop missing "
-            "entries, and write codes for categories, as pandas.factorize gives; numbers stand in "
-            "x.astype(float)."
+            f"data hold an entry that is no number, {others[0]!r} (dtype object): fill or drop "
+            "missing entries, and write codes for categories, as pandas.factorize gives; numbers "
+            "stand in x.astype(float)."
         )
     return np.array(array.tolist())
 
 
-def _held(array: np.ndarray) -> np.dtype:
-    """JAX's dtype for an array.
+def _held(array: np.ndarray) -> np.ndarray:
+    """An array in JAX's dtype for it.
 
     **Raises:** `ValueError` where it does not hold the values.
     """
@@ -130,7 +127,7 @@ def _held(array: np.ndarray) -> np.dtype:
         given = np.dtype(float)
     dtype = np.dtype(jax.dtypes.canonicalize_dtype(given))
     if dtype == array.dtype or not array.size:
-        return dtype
+        return array.astype(dtype, copy=False)
     wider = "" if jax.config.read("jax_enable_x64") else " (float64 may: jax_enable_x64)"
     if array.dtype.kind in "iu":
         least, most = array.min(), array.max()
@@ -139,18 +136,19 @@ def _held(array: np.ndarray) -> np.dtype:
             raise ValueError(
                 f"data hold integers from {least} to {most}, which {dtype} does not hold{wider}."
             )
-    elif array.dtype.kind == "f":
-        _check_rounding(array, dtype, wider)
-    return dtype
+    with np.errstate(over="ignore"):  # what overflows is refused below
+        held = array.astype(dtype)
+    if array.dtype.kind == "f":
+        _check_rounding(array, held, wider)
+    return held
 
 
-def _check_rounding(array: np.ndarray, dtype: np.dtype, wider: str) -> None:
+def _check_rounding(array: np.ndarray, held: np.ndarray, wider: str) -> None:
     """Raises `ValueError` where a floating dtype overflows, or rounds what makes a column vary."""
-    columns = array.reshape(-1, array.shape[-1] if array.ndim > 1 else 1)
+    shape, dtype = (-1, array.shape[-1] if array.ndim > 1 else 1), held.dtype
+    columns, rounded = array.reshape(shape), held.reshape(shape)
     finite = np.isfinite(columns)
-    columns = np.where(finite, columns, 0)
-    with np.errstate(over="ignore"):
-        rounded = columns.astype(dtype)
+    columns, rounded = np.where(finite, columns, 0), np.where(finite, rounded, 0)
     if not np.all(np.isfinite(rounded)):
         raise ValueError(
             f"data hold numbers up to {np.abs(columns).max():.3g}, which {dtype} does not "

@@ -14,9 +14,7 @@ from jaxem._core.checks import (
     check_count,
     check_nonnegative,
     checked_key,
-    impossible_data,
     is_integer,
-    or_absent,
 )
 from jaxem._core.numerics import float_dtype
 from jaxem._core.parameters import replace
@@ -28,7 +26,7 @@ from jaxem.em._expectation import AbstractExpectation
 from jaxem.em._loop import Inputs, Loop, Progress, verdict
 from jaxem.em._problem import Problem, as_problem
 from jaxem.em._sharding import shards_of
-from jaxem.em._solution import RESULTS, Solution, is_any
+from jaxem.em._solution import RESULTS, Solution, impossible_data, is_any
 from jaxem.latents import AbstractPosterior
 from jaxem.models._alone import as_model, shown
 from jaxem.models._base import AbstractModel
@@ -159,6 +157,5 @@ def _check_settings(algorithm: Any, tol: Any, max_steps: Any, adjoint: Any, prog
 def _what_is_wrong(result: RESULTS, model: AbstractModel, problem: Problem) -> str:
     """The message of a result, and the observations that it is about."""
     if bool(result == RESULTS.invalid_data):
-        possible = or_absent(model.in_support(problem.data), problem.sample_weight)
-        return impossible_data(np.asarray(possible))
+        return impossible_data(np.asarray(problem.possible(model)))
     return RESULTS[result]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxem._core.checks import check_count, or_absent
+from jaxem._core.checks import check_count
 from jaxem._core.statistics import Framed
 from jaxem.em._algorithm import AbstractAlgorithm, State
 from jaxem.em._problem import Problem
@@ -109,7 +109,7 @@ class Loop(eqx.Module):
         result = RESULTS.where(
             jnp.isfinite(state.objective), RESULTS.max_steps_reached, RESULTS.nonfinite
         )
-        fits = jnp.all(or_absent(model.in_support(problem.data), problem.sample_weight))
+        fits = jnp.all(problem.possible(model))
         result = RESULTS.where(fits, result, RESULTS.invalid_data)
         result = RESULTS.where(
             _valid_weight(problem.sample_weight), result, RESULTS.invalid_sample_weight

@@ -4,10 +4,10 @@ from typing import Any
 
 import equinox as eqx
 import jax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxem._core.blocks import num_observations, total_weight
-from jaxem._core.checks import check_sample_weight, name_of
+from jaxem._core.checks import check_sample_weight, name_of, or_absent
 from jaxem._core.conversion import as_arrays
 from jaxem._core.numerics import float_dtype
 from jaxem._core.parameters import replace
@@ -61,6 +61,10 @@ class Problem(eqx.Module):
     def total_weight(self) -> Any:
         """The number of observations, each counted as often as its weight states."""
         return total_weight(self.data, self.sample_weight)
+
+    def possible(self, model: AbstractModel) -> Bool[Array, " n"]:
+        """Whether each observation that counts is one that the model can have produced."""
+        return or_absent(model.in_support(self.data), self.sample_weight)
 
     def with_prior(self, statistics: Framed) -> Framed:
         """Statistics and the pseudo-statistics of the prior."""

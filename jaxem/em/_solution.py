@@ -45,6 +45,14 @@ class RESULTS(eqx.Enumeration):
     )
 
 
+def impossible_data(possible: np.ndarray) -> str:
+    """The message of `invalid_data`, with the first observations that it is about."""
+    wrong = np.flatnonzero(~possible)
+    first = ", ".join(map(str, wrong[:5])) + (", …" if len(wrong) > 5 else "")
+    here = f"{len(wrong)} of {len(possible)} observations, number {first}"
+    return f"{RESULTS[RESULTS.invalid_data]} Here: {here}."
+
+
 STATUSES = (
     "converged",
     "max_steps_reached",

@@ -6,13 +6,12 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
-from jaxem._core.checks import impossible_data, or_absent
+from jaxem._core.checks import concrete
 from jaxem.em._expectation import infer
 from jaxem.em._problem import Problem
+from jaxem.em._solution import impossible_data
 from jaxem.inference._fitted import fitted_problem, num_observed
 from jaxem.latents import Exact
 from jaxem.models._base import AbstractModel
@@ -66,11 +65,16 @@ def _bic(model: AbstractModel, problem: Problem) -> Float[Array, ""]:
 
 def _log_likelihood(model: AbstractModel, problem: Problem) -> Float[Array, ""]:
     """Σ w log p(x); −∞ with a warning, where that is known, if an observation is impossible."""
-    value = infer(model, problem, Exact(), None)[1]
-    possible = or_absent(model.in_support(problem.data), problem.sample_weight)
-    if not isinstance(possible, Tracer) and not np.all(np.asarray(possible)):
-        warnings.warn(impossible_data(np.asarray(possible)), stacklevel=3)
+    value, possible = _evaluated(model, problem)
+    known = concrete(possible)
+    if known is not None and not known.all():
+        warnings.warn(impossible_data(known), stacklevel=3)
     return jnp.where(jnp.all(possible) | jnp.isnan(value), value, -jnp.inf)
+
+
+@eqx.filter_jit  # in one program, since what is possible in a chain is known from its filter
+def _evaluated(model: AbstractModel, problem: Problem) -> tuple[Float[Array, ""], Array]:
+    return infer(model, problem, Exact(), None)[1], problem.possible(model)
 
 
 @eqx.filter_jit

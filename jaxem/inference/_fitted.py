@@ -3,15 +3,13 @@
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from jaxem._core.checks import check_values, impossible_data, name_of, or_absent
+from jaxem._core.checks import concrete, name_of
 from jaxem._core.numerics import float_dtype
 from jaxem._core.statistics import Framed
 from jaxem.em._problem import Problem, as_problem
-from jaxem.em._solution import Solution
+from jaxem.em._solution import Solution, impossible_data
 from jaxem.emissions._base import AbstractEmission
 from jaxem.models._alone import as_model
 from jaxem.models._base import AbstractModel
@@ -39,9 +37,9 @@ def possible_problem(
     **Raises:** `ValueError` for other data, too.
     """
     model, problem = fitted_problem(fitted, data, sample_weight, prior)
-    possible = or_absent(model.in_support(problem.data), problem.sample_weight)
-    if not isinstance(possible, Tracer):
-        check_values(possible, impossible_data(np.asarray(possible)))
+    possible = concrete(problem.possible(model))
+    if possible is not None and not possible.all():
+        raise ValueError(impossible_data(possible))
     return model, problem
 
 

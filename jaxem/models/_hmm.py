@@ -31,6 +31,7 @@ from jaxem.factors._transition import AbstractTransition, Transition
 from jaxem.latents import Chain, chain
 from jaxem.models._composite import maxima
 from jaxem.models._mixture import Mixture, check_start
+from jaxem.models._order import reordered
 from jaxem.models._sequences import (
     AbstractSequenceModel,
     check_num_states,
@@ -287,10 +288,4 @@ def _in_order_of_time(emission: Any, sequences: Sequences, sample_weight: Any) -
     closest = jax.nn.one_hot(jnp.argmax(log_b, axis=2), log_b.shape[2]) * counted[:, :, None]
     times = jnp.arange(log_b.shape[1], dtype=closest.dtype)
     order = jnp.argsort(divide(jnp.einsum("btk,t->k", closest, times), jnp.sum(closest, (0, 1))))
-
-    def ordered(leaf: Array) -> Array:  # a state's leaves lie together; shared ones have one row
-        if len(leaf) < len(order):
-            return leaf
-        return leaf.reshape(len(order), -1, *leaf.shape[1:])[order].reshape(leaf.shape)
-
-    return jax.tree.map(ordered, emission)
+    return reordered(emission, order)

@@ -41,7 +41,8 @@ def reorder(model: _Model, order: ArrayLike) -> _Model:
     check_values(
         jnp.sort(order) == jnp.arange(size), f"order must be a permutation of 0 … {size - 1}."
     )
-    return replace(model, **{name: _factor(getattr(model, name), order) for name in model.factors})
+    factors = {name: reordered(getattr(model, name), order) for name in model.factors}
+    return replace(model, **factors)
 
 
 def align(model: _Model, reference: Any, data: PyTree[Array]) -> _Model:
@@ -75,7 +76,8 @@ def _flat(responsibilities: Array) -> Array:
     return jnp.where(jnp.isfinite(flat), flat, 0)
 
 
-def _factor(factor: Any, order: Int[Array, " k"]) -> Any:
+def reordered(factor: Any, order: Int[Array, " k"]) -> Any:
+    """A factor with its components in another order."""
     if isinstance(factor, AbstractTransition):
         return factor.reordered(order)
     if isinstance(factor, Labels):
@@ -88,4 +90,4 @@ def _factor(factor: Any, order: Int[Array, " k"]) -> Any:
 def _part(part: AbstractEmission, order: Int[Array, " k"]) -> Any:
     """A part of an emission, with one component or several for each of the emission's."""
     each = part.num_components // len(order)
-    return _factor(part, (order[:, None] * each + jnp.arange(each)).reshape(-1))
+    return reordered(part, (order[:, None] * each + jnp.arange(each)).reshape(-1))
