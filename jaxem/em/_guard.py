@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxem.em._problem import Problem
+from jaxem.em._rounding import moved_by_rounding, rounding
 
 _HALVINGS = 30
 
@@ -38,7 +39,7 @@ def no_worse(
     eps = jnp.finfo(old.objective.dtype).eps
     height = jax.jit(lambda state: _height(state, direction, problem))  # so that it is traced once
     before, rise = height(old)
-    bound = before - 30 * eps * (jnp.abs(before) + total)
+    bound = before - 30 * rounding(before, total, moved_by_rounding(old.statistics))
     steepest = -0.5 * jnp.maximum(rise, 0) - eps**2 * total
 
     def too_long(carry: tuple[Array, tuple[Array, Array]]) -> Array:

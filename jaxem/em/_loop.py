@@ -18,6 +18,7 @@ from jaxem._core.checks import check_count
 from jaxem._core.statistics import Framed
 from jaxem.em._algorithm import AbstractAlgorithm, State
 from jaxem.em._problem import Problem
+from jaxem.em._rounding import gap, jittered, rounding
 from jaxem.em._solution import RESULTS, is_any
 from jaxem.models._base import AbstractModel
 
@@ -132,15 +133,15 @@ class Loop(eqx.Module):
         old, new = carry.state, self.step(carry.state, inputs)
         total = inputs.problem.total_weight
         gain = new.objective - old.objective
-        change, resolution = _movement(new.statistics, old.statistics) / total
+        change, resolution, doubt = _movement(new.statistics, old.statistics) / total
         estimate = traits.exact and traits.stationary
         error = _estimated_error(carry, change, resolution) if estimate else carry.error
 
-        rounding = jnp.finfo(gain.dtype).eps * (jnp.abs(old.objective) + total)
+        off = rounding(old.objective, total, doubt * total)
         finite = jnp.isfinite(new.objective) & jnp.isfinite(change)
-        fell = jnp.asarray(traits.monotone) & (gain < -300 * rounding)
+        fell = jnp.asarray(traits.monotone) & (gain < -300 * off)
         small = (tol > 0) & (change <= jnp.maximum(tol, resolution))
-        small = small & (jnp.abs(gain) <= jnp.maximum(tol * total, 10 * rounding))
+        small = small & (jnp.abs(gain) <= jnp.maximum(tol * total, 10 * off))
         small = small & self.algorithm.conclusive(new)
         small_steps = jnp.where(small, carry.small_steps + 1, 0)
         converged = small_steps >= traits.period
@@ -182,19 +183,22 @@ def _estimated_error(carry: Carry, change: Array, resolution: Array) -> Float[Ar
     return jnp.where(noise, carry.error, error)
 
 
-def _movement(new: Framed, old: Framed) -> Float[Array, " 2"]:
-    """How far statistics moved, and how far they move if each parameter moves by its own rounding.
+def _movement(new: Framed, old: Framed) -> Float[Array, " 3"]:
+    """How far statistics moved, how far they move if each parameter moves by its own rounding, and
+    how far if by that of the largest beside it.
 
-    In the frame of the old ones, and in that of the nudged model.
+    In the frame of the old ones, and in those of the nudged and of the jittered model.
     """
     eps = {leaf.dtype: jnp.finfo(leaf.dtype).eps for leaf in jax.tree.leaves(new.frame)}
     nudged = jax.tree.map(lambda leaf: leaf * (1 + eps[leaf.dtype]), new.frame)
     frames, aims = jax.tree.map(
-        lambda *leaves: jnp.stack(leaves), (old.frame, old.sums), (nudged, new.sums)
+        lambda *leaves: jnp.stack(leaves),
+        (old.frame, old.sums),
+        (nudged, new.sums),
+        (jittered(new.frame), new.sums),
     )
     moved = jax.vmap(lambda frame: new.at(frame).sums)(frames)  # so that reframing compiles once
-    gaps = jax.tree.map(lambda a, b: jnp.abs(a - b).reshape(2, -1), moved, aims)
-    return jnp.max(jnp.concatenate(jax.tree.leaves(gaps), axis=1), axis=1)
+    return jax.vmap(gap)(moved, aims)
 
 
 def _valid_weight(sample_weight: Float[Array, " n"] | None) -> Bool[Array, ""]:
