@@ -17,11 +17,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 from numpy.typing import ArrayLike
 
 from jaxem._core import linalg as la
 from jaxem._core.blocks import weighted_second_moments
+from jaxem._core.causes import caused
 from jaxem._core.checks import check_shape, check_values
 from jaxem._core.numerics import (
     ROUNDINGS,
@@ -160,7 +161,7 @@ class AxisScale(AbstractScale):
         c = 1 if self.shared else num_components
         return self._with(jnp.broadcast_to(log_scale, (c, log_scale.shape[1])))
 
-    def degenerate(self, sums: Moments, mean: Array, moves: Any) -> Bool[Array, " c"]:
+    def degenerate(self, sums: Moments, mean: Array, moves: Any) -> Int[Array, " c"]:
         d = mean.shape[1]
         log_scale = self.log_scale + self._whitened_maximum(sums, moves)[1]
         ratio = jnp.exp(2 * (log_scale - jnp.max(log_scale, axis=0)))
@@ -171,9 +172,9 @@ class AxisScale(AbstractScale):
         wide = resolves(jnp.exp(log_scale), mean - centroid(mean))
         thin = thin | ~(jnp.all(wide, keepdims=True) if self.shared else wide)
         if self.shared:
-            return thin
+            return caused(no_variance=thin)
         observations = sums.scale_count[:, 0] / (d if self.spherical else 1)
-        return thin | (observations < d + 1)
+        return caused(few_observations=observations < d + 1, no_variance=thin)
 
 
 def axis_scale(

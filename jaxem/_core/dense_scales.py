@@ -20,11 +20,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 from numpy.typing import ArrayLike
 
 from jaxem._core import linalg as la
 from jaxem._core.blocks import weighted_second_moments
+from jaxem._core.causes import caused
 from jaxem._core.checks import check_shape, check_values
 from jaxem._core.numerics import (
     ROUNDINGS,
@@ -189,15 +190,15 @@ class AbstractDense(AbstractScale):
         normal = jax.random.normal(key, (z.shape[0], num_features), factor.dtype)
         return la.apply(factor[0] if self.shared else factor[z], normal)
 
-    def degenerate(self, sums: Moments, mean: Array, moves: Any) -> Bool[Array, " c"]:
+    def degenerate(self, sums: Moments, mean: Array, moves: Any) -> Int[Array, " c"]:
         _, scatter = self.scatter(sums, moves)
         within = self.best_covariance(scatter, sums.scale_count)
         return self.has_collapsed(within, sums.scale_count, mean - centroid(mean))
 
     def has_collapsed(
         self, within: Float[Array, "c d d"], count: Float[Array, " c"], offset: Float[Array, "k d"]
-    ) -> Bool[Array, " c"]:
-        """Whether covariances, whitened by self, are thin; `offset` is where components lie."""
+    ) -> Int[Array, " c"]:
+        """Why covariances, whitened by self, have collapsed; `offset` is where components lie."""
         factor = self.factor()
         d = factor.shape[1]
         size = jnp.max(jnp.abs(factor), axis=(0, 2))
@@ -220,7 +221,7 @@ class AbstractDense(AbstractScale):
         reach = jnp.min(jnp.sum(jnp.abs(factor), axis=2), axis=1)
         at_floor = reach <= 2 * math.exp(least_log_scale(factor))
         thin = known & ~(distinct & regular & wide)
-        return thin | at_floor | (count < self.least_count)
+        return caused(few_observations=count < self.least_count, no_variance=thin | at_floor)
 
 
 class FullScale(AbstractDense):

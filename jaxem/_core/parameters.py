@@ -156,12 +156,16 @@ def _inner(module: Any) -> Iterator[tuple[str, Any]]:
 def log_leaves(module: Any) -> Iterator[jax.Array]:
     """Leaves that hold logarithms or log-odds, which have no units."""
     if isinstance(module, Parametrized):
-        for parameter in module.parameters.values():
-            if parameter.is_log:
-                yield getattr(module, parameter.leaf)
+        yield from (leaf for _, leaf in _logs(module))
         for _, value in _inner(module):
             for part in value if isinstance(value, tuple) else (value,):
                 yield from log_leaves(part)
+
+
+def _logs(module: Any) -> Iterator[tuple[Any, jax.Array]]:
+    for parameter in module.parameters.values():
+        if parameter.is_log:
+            yield parameter, getattr(module, parameter.leaf)
 
 
 def inline(module: Any) -> dict[str, Any]:
@@ -208,6 +212,17 @@ def free_numbers(model: _T) -> tuple[jax.Array, Callable[[jax.Array], _T]]:
     ones, zeros = (unravel(jnp.full_like(flat, value)) for value in (1.0, 0.0))
     free, _ = ravel_pytree(with_frozen(_without_frames(ones), zeros))
     return flat, lambda numbers: unravel(jnp.where(free > 0, numbers, flat))
+
+
+def log_numbers(model: Any) -> jax.Array:
+    """Which of the unconstrained numbers of a model are logarithms or log-odds."""
+
+    def one(module: Any) -> Any:
+        logs = {p.leaf: jnp.ones_like(module_leaf) for p, module_leaf in _logs(module)}
+        return replace(module, **logs)
+
+    flat, unravel = ravel_pytree(model)
+    return ravel_pytree(_map_modules(one, unravel(jnp.zeros_like(flat))))[0] > 0
 
 
 def _without_frames(module: _T) -> _T:

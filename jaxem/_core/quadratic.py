@@ -46,8 +46,14 @@ class AbstractCurvature(eqx.Module):
         """H δ."""
 
     @abc.abstractmethod
-    def solve(self, score: PyTree[Array], directions: Float[Array, "*b q q"] | None) -> Any:
-        """H⁻¹ g within the span of the rows of `directions`; None is any direction."""
+    def solve(
+        self, score: PyTree[Array], directions: Float[Array, "*b q q"] | None, least: Any
+    ) -> Any:
+        """H⁻¹ g within the span of the rows of `directions`; None is any direction.
+
+        Along rows that have no more than `least` of H, once those before them are accounted for,
+        it does not go.
+        """
 
 
 class Identity(AbstractCurvature):
@@ -66,7 +72,7 @@ class Identity(AbstractCurvature):
     def apply(self, step: PyTree[Array]) -> PyTree[Array]:
         return self._over(jnp.multiply, step)
 
-    def solve(self, score: PyTree[Array], directions: Any) -> PyTree[Array]:
+    def solve(self, score: PyTree[Array], directions: Any, least: Any) -> PyTree[Array]:
         return self._over(divide, score)
 
 
@@ -78,8 +84,10 @@ class Blocks(AbstractCurvature):
     def apply(self, step: Float[Array, "*b q"]) -> Float[Array, "*b q"]:
         return la.apply(self.matrix, step)
 
-    def solve(self, score: Float[Array, "*b q"], directions: Any) -> Float[Array, "*b q"]:
-        return solve_free(self.matrix, score[..., None, :], directions)[..., 0, :]
+    def solve(
+        self, score: Float[Array, "*b q"], directions: Any, least: Any
+    ) -> Float[Array, "*b q"]:
+        return solve_free(self.matrix, score[..., None, :], directions, least)[..., 0, :]
 
 
 class Kronecker(AbstractCurvature):
@@ -95,8 +103,10 @@ class Kronecker(AbstractCurvature):
     def apply(self, step: Float[Array, "*b m q"]) -> Float[Array, "*b m q"]:
         return 0.5 * la.matmul(step - jnp.mean(step, axis=-2, keepdims=True), self.moments)
 
-    def solve(self, score: Float[Array, "*b m q"], directions: Any) -> Float[Array, "*b m q"]:
-        return 2 * solve_free(self.moments, score, directions)
+    def solve(
+        self, score: Float[Array, "*b m q"], directions: Any, least: Any
+    ) -> Float[Array, "*b m q"]:
+        return 2 * solve_free(self.moments, score, directions, least)
 
 
 class LocalQuadratic(NamedTuple):
@@ -120,9 +130,11 @@ class LocalQuadratic(NamedTuple):
         matrix = la.matmul(la.matmul(turn, self.curvature.matrix), la.transpose(turn))
         return self._replace(score=la.apply(turn, self.score), curvature=Blocks(matrix))
 
-    def maximum(self, directions: Float[Array, "*b q q"] | None = None) -> PyTree[Array]:
+    def maximum(
+        self, directions: Float[Array, "*b q q"] | None = None, least: Any = 0.0
+    ) -> PyTree[Array]:
         """The step to the maximum within the span of the rows of `directions`."""
-        return self.curvature.solve(self.score, directions)
+        return self.curvature.solve(self.score, directions, least)
 
     def square(self, step: Float[Array, "*b q"]) -> Float[Array, "*b"]:
         """δ·H δ of each block: twice what going past the maximum by this step costs."""
@@ -164,38 +176,56 @@ def solve_free(
     moments: Float[Array, "*b q q"],
     gradient: Float[Array, "*b r q"],
     directions: Float[Array, "*b q q"],
+    least: Float[Array, "*b q"] | float = 0.0,
 ) -> Float[Array, "*b r q"]:
     """The step gradient · moments⁻¹ within the span of the rows of `directions`.
 
     A direction along which inputs do not vary, to rounding, moves nothing. Nor does one that
-    those before it explain, the intercept first: of collinear inputs the last ones stay.
+    those before it explain, the intercept first: of collinear inputs the last ones stay. That is,
+    one of which no more than `least` is left.
     """
     matrix = la.matmul(la.matmul(directions, moments), la.transpose(directions))
     diagonal = jnp.diagonal(matrix, axis1=-2, axis2=-1)
     size = jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1))
-    matrix = matrix / la.outer(size, size)
-    determined = (diagonal > 0) & _independent(lax.stop_gradient(matrix))
-    inverse = la.inverse_of_lower(la.cholesky(_restricted(matrix, determined)))
+    _, left, found = eliminated(lax.stop_gradient(matrix))
+    determined = found & ~(left <= least)
+    inverse = la.inverse_of_lower(
+        la.cholesky(_restricted(matrix / la.outer(size, size), determined))
+    )
     share = jnp.where(determined, 1 / size, 0)[..., None, :]
     right = la.matmul(gradient, la.transpose(directions)) * share
     step = la.matmul(la.matmul(right, la.transpose(inverse)), inverse) * share
     return la.matmul(step, directions)
 
 
-def _independent(matrix: Float[Array, "*b q q"]) -> Bool[Array, "*b q"]:
-    """Which rows of a matrix of unit diagonal the rows before them do not explain, to rounding."""
+def eliminated(
+    matrix: Float[Array, "*b q q"],
+) -> tuple[Float[Array, "*b q q"], Float[Array, "*b q"], Bool[Array, "*b q"]]:
+    """Λ, what is left of the diagonal D, and which rows count, of a matrix Λ D Λᵀ.
+
+    Rows that those before them explain, to rounding, do not count and explain nothing.
+    """
+    diagonal = jnp.diagonal(matrix, axis1=-2, axis2=-1)
+    size = jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1))
     ridge = RIDGE * jnp.finfo(matrix.dtype).eps
 
-    def sweep(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        left, found = carry
-        row = lax.dynamic_index_in_dim(left, j, -1, keepdims=False)
+    def sweep(j: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        rest, lower, left, found = carry
+        row = lax.dynamic_index_in_dim(rest, j, -1, keepdims=False)
         pivot = lax.dynamic_index_in_dim(row, j, -1)
-        new = ~(pivot <= ridge)  # NaN is no reason to leave one out
-        explained = jnp.where(new[..., None], la.outer(row, row / jnp.where(new, pivot, 1)), 0)
-        return left - explained, found | (new & (jnp.arange(found.shape[-1]) == j))
+        counts = ~(pivot <= ridge)  # NaN is no reason to leave one out
+        here = jnp.arange(left.shape[-1]) == j
+        share = jnp.where(counts, row / jnp.where(counts, pivot, 1), here)
+        rest = rest - jnp.where(counts[..., None], la.outer(row, share), 0)
+        lower = jnp.where(here, share[..., None], lower)
+        return rest, lower, jnp.where(here, pivot, left), found | (counts & here)
 
-    none = jnp.zeros(matrix.shape[:-1], bool)
-    return lax.fori_loop(0, matrix.shape[-1], sweep, (matrix, none))[1]
+    start = matrix / la.outer(size, size)
+    nothing = jnp.zeros_like(diagonal)
+    carry = start, jnp.zeros_like(matrix), nothing, jnp.zeros(nothing.shape, bool)
+    _, lower, left, found = lax.fori_loop(0, matrix.shape[-1], sweep, carry)
+    lower = jnp.tril(lower) * size[..., :, None] / size[..., None, :]
+    return lower, left * size**2, found & (diagonal > 0)
 
 
 def _restricted(

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Self
 
 import equinox as eqx
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 from numpy.typing import ArrayLike
 
 from jaxem._core.checks import keywords
@@ -117,8 +117,8 @@ class AbstractScale(eqx.Module):
         """The first component's covariance, times `spread`, for each of so many components."""
 
     @abc.abstractmethod
-    def degenerate(self, sums: Moments, mean: Array, moves: Any) -> Bool[Array, " c"]:
-        """Which covariances, at the maximum of the sums, rest on hardly any variance.
+    def degenerate(self, sums: Moments, mean: Array, moves: Any) -> Int[Array, " c"]:
+        """Why covariances, at the maximum of the sums, rest on hardly any variance.
 
         That is less than `min_spread` of the average within components along some direction, less
         than its own rounding, or too few observations for any.

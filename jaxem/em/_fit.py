@@ -118,7 +118,7 @@ def _fit(loop: Loop, inputs: Inputs, adjoint: AbstractAdjoint) -> tuple[Solution
     problem, step = inputs.problem, final.state.step
     state = loop.algorithm.finish(final.state, problem, key=inputs.key_at(step + 1))
     fixed = jax.tree.map(lax.stop_gradient, (state.statistics, problem))
-    result = verdict(final.result, *fixed)
+    result, cause = verdict(final.result, *fixed)
     solution = Solution(
         model=shown(state.model),
         objective=state.objective,
@@ -128,6 +128,7 @@ def _fit(loop: Loop, inputs: Inputs, adjoint: AbstractAdjoint) -> tuple[Solution
         num_steps=step,
         error=final.error,
         result=result,
+        cause=cause,
     )
     failures = RESULTS.nonfinite, RESULTS.invalid_data, RESULTS.invalid_sample_weight
     return solution, is_any(result, *failures)

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxem._core.causes import CAUSES
 from jaxem._core.checks import check_count
+from jaxem._core.parameters import with_frozen
 from jaxem._core.statistics import Framed
 from jaxem.em._algorithm import AbstractAlgorithm, State
 from jaxem.em._problem import Problem
@@ -133,7 +135,7 @@ class Loop(eqx.Module):
         old, new = carry.state, self.step(carry.state, inputs)
         total = inputs.problem.total_weight
         gain = new.objective - old.objective
-        change, resolution, doubt = _movement(new.statistics, old.statistics) / total
+        change, resolution, doubt = _movement(new.statistics, old.statistics, total) / total
         estimate = traits.exact and traits.stationary
         error = _estimated_error(carry, change, resolution) if estimate else carry.error
 
@@ -143,6 +145,9 @@ class Loop(eqx.Module):
         small = (tol > 0) & (change <= jnp.maximum(tol, resolution))
         small = small & (jnp.abs(gain) <= jnp.maximum(tol * total, 10 * off))
         small = small & self.algorithm.conclusive(new)
+        if not traits.maximal:
+            left = _distance(inputs.problem.with_prior(new.statistics), total) / total
+            small = small & (left <= jnp.maximum(jnp.sqrt(tol), resolution))
         small_steps = jnp.where(small, carry.small_steps + 1, 0)
         converged = small_steps >= traits.period
         failed = ~finite | fell
@@ -163,14 +168,21 @@ class Loop(eqx.Module):
         )
 
 
-def verdict(result: RESULTS, statistics: Framed, problem: Problem) -> RESULTS:
-    """How the loop ended, or that its model is degenerate or not representable."""
-    model = statistics.frame
-    degenerate = jnp.any(model.degenerate(problem.with_prior(statistics)))
+def verdict(
+    result: RESULTS, statistics: Framed, problem: Problem
+) -> tuple[RESULTS, Int[Array, " k"]]:
+    """How the loop ended, or that its model is degenerate and why, or not representable."""
+    model, unit = statistics.frame, problem.unit_weight
+    combined = problem.with_prior(statistics)
+    counted = Framed(jax.tree.map(lambda leaf: leaf / unit, combined.sums), combined.frame)
     valid = ~is_any(result, RESULTS.invalid_data, RESULTS.invalid_sample_weight)
+    cause = jnp.where(valid, model.degenerate(counted), CAUSES.none)
+    light = (cause == CAUSES.few_observations) & (unit < 1)
+    cause = jnp.where(light, CAUSES.small_weights, cause)
+    degenerate = jnp.any(cause != CAUSES.none)
     sound = model.representable() | ~valid | degenerate
     result = RESULTS.where(sound, result, RESULTS.nonfinite)
-    return RESULTS.where(degenerate & valid, RESULTS.degenerate, result)
+    return RESULTS.where(degenerate, RESULTS.degenerate, result), cause
 
 
 def _estimated_error(carry: Carry, change: Array, resolution: Array) -> Float[Array, ""]:
@@ -183,11 +195,11 @@ def _estimated_error(carry: Carry, change: Array, resolution: Array) -> Float[Ar
     return jnp.where(noise, carry.error, error)
 
 
-def _movement(new: Framed, old: Framed) -> Float[Array, " 3"]:
-    """How far statistics moved, how far they move if each parameter moves by its own rounding, and
-    how far if by that of the largest beside it.
+def _movement(new: Framed, old: Framed, total: Any) -> Float[Array, " 3"]:
+    """How far statistics moved, and how far they do where parameters are off by rounding.
 
-    In the frame of the old ones, and in those of the nudged and of the jittered model.
+    In the frame of the old ones; of a model each of whose parameters moved by its own rounding; and
+    of one where each moved by that of the largest beside it.
     """
     eps = {leaf.dtype: jnp.finfo(leaf.dtype).eps for leaf in jax.tree.leaves(new.frame)}
     nudged = jax.tree.map(lambda leaf: leaf * (1 + eps[leaf.dtype]), new.frame)
@@ -198,7 +210,14 @@ def _movement(new: Framed, old: Framed) -> Float[Array, " 3"]:
         (jittered(new.frame), new.sums),
     )
     moved = jax.vmap(lambda frame: new.at(frame).sums)(frames)  # so that reframing compiles once
-    return jax.vmap(gap)(moved, aims)
+    return jax.vmap(gap, (0, 0, None))(moved, aims, total)
+
+
+def _distance(statistics: Framed, total: Any) -> Float[Array, ""]:
+    """How far statistics would move by the model's own M-step: its gain is half the square."""
+    frame = statistics.frame
+    aim = with_frozen(frame.m_step(statistics), frame)
+    return gap(statistics.at(aim).sums, statistics.sums, total)
 
 
 def _valid_weight(sample_weight: Float[Array, " n"] | None) -> Bool[Array, ""]:

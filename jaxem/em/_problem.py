@@ -4,12 +4,13 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxem._core.blocks import num_observations, total_weight
 from jaxem._core.checks import check_sample_weight, name_of, or_absent
 from jaxem._core.conversion import as_arrays
-from jaxem._core.numerics import float_dtype
+from jaxem._core.numerics import divide, float_dtype
 from jaxem._core.parameters import replace
 from jaxem._core.statistics import Framed
 from jaxem.em._sharding import Shards
@@ -61,6 +62,15 @@ class Problem(eqx.Module):
     def total_weight(self) -> Any:
         """The number of observations, each counted as often as its weight states."""
         return total_weight(self.data, self.sample_weight)
+
+    @property
+    def unit_weight(self) -> Any:
+        """What an observation weighs: 1, or less where weights are no counts and mostly below 1."""
+        if self.sample_weight is None:
+            return 1.0
+        largest = jnp.max(self.sample_weight)
+        relative = divide(self.sample_weight, largest)
+        return jnp.minimum(1, largest * divide(jnp.sum(relative**2), jnp.sum(relative)))
 
     def possible(self, model: AbstractModel) -> Bool[Array, " n"]:
         """Whether each observation that counts is one that the model can have produced."""

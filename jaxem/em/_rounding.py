@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxem._core.quadratic import LocalQuadratic
 from jaxem._core.statistics import Framed
 
 _SHARE = 1 / 30  # of what statistics move: objectives were off by 17 such shares, at most
@@ -35,15 +36,29 @@ def rounding(
     return jnp.finfo(objective.dtype).eps * (jnp.abs(objective) + total) + _SHARE * moved
 
 
-def moved_by_rounding(statistics: Framed) -> Float[Array, ""]:
+def moved_by_rounding(statistics: Framed, total: Any) -> Float[Array, ""]:
     """How far jittering moves statistics about their own frame."""
-    return gap(statistics.at(jittered(statistics.frame)).sums, statistics.sums)
+    return gap(statistics.at(jittered(statistics.frame)).sums, statistics.sums, total)
 
 
-def gap(sums: Any, others: Any) -> Float[Array, ""]:
-    """The largest difference between two sums of one structure."""
-    gaps = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)), sums, others)
-    return jnp.max(jnp.stack(jax.tree.leaves(gaps)))
+def gap(sums: Any, others: Any, total: Any) -> Float[Array, ""]:
+    """The largest difference between two sums of one structure, of so many observations.
+
+    Values of a quadratic differ by the square of a distance in the metric of its curvature.
+    """
+
+    def apart(a: Any, b: Any) -> Float[Array, ""]:
+        if isinstance(a, LocalQuadratic):
+            distance = jnp.sqrt(total * jnp.abs(a.value - b.value))
+            return jnp.maximum(distance, largest(a._replace(value=b.value), b))
+        return largest(a, b)
+
+    def largest(a: Any, b: Any) -> Float[Array, ""]:
+        gaps = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)), a, b)
+        return jnp.max(jnp.stack(jax.tree.leaves(gaps)))
+
+    parts = jax.tree.map(apart, sums, others, is_leaf=lambda s: isinstance(s, LocalQuadratic))
+    return jnp.max(jnp.stack(jax.tree.leaves(parts)))
 
 
 def _signs(shape: tuple[int, ...]) -> np.ndarray:

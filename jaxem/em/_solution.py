@@ -9,6 +9,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxem._core.causes import CAUSES
 from jaxem._core.parameters import replace
 from jaxem._core.statistics import Framed
 
@@ -31,9 +32,10 @@ class RESULTS(eqx.Enumeration):
         "the M-step does not maximise, or the E-step does not belong to the same model."
     )
     degenerate = (
-        "A component rests on too few observations or on hardly any variance, where the "
-        "likelihood may have no bound: try other starts, fewer components, a shared covariance or "
-        "a prior; if a component is meant to be so narrow, lower min_spread."
+        "A component rests on too few observations or on hardly any variance, or its coefficients "
+        "grow for ever: there the likelihood may have no maximum. `causes` of the solution says "
+        "which and why. Try other starts, fewer components, a shared covariance or a prior; if a "
+        "component is meant to be so narrow, lower min_spread."
     )
     invalid_data = (
         "The data hold a NaN, an infinity or a value outside the family's support; give such "
@@ -92,6 +94,8 @@ class Solution(eqx.Module):
       and where their ratio means nothing (accelerated, incremental and random steps); inf while
       changes do not shrink.
     - `result`: a member of `RESULTS`; `converged` and `status` say it in a boolean and a word.
+    - `cause` (k,): why each component is degenerate, a member of `CAUSES`, 0 where it is not;
+      `causes` says it in words.
     - `runs`: of the solution that `best` picks, how all of the fits ended; else None.
     """
 
@@ -103,6 +107,7 @@ class Solution(eqx.Module):
     num_steps: Int[Array, ""]
     error: Float[Array, ""]
     result: RESULTS
+    cause: Int[Array, " k"]
     runs: Runs | None = None
 
     @property
@@ -114,6 +119,12 @@ class Solution(eqx.Module):
     def status(self) -> Any:
         """The name of the result, such as `"converged"`; of a batch of fits, an array of names."""
         return _names(self.result)
+
+    @property
+    def causes(self) -> np.ndarray:
+        """In words why components are degenerate, `""` for those that are not."""
+        words = ["", *(cause.name.replace("_", " ") for cause in CAUSES if cause)]
+        return np.array(words)[np.asarray(self.cause)]
 
     @property
     def set_aside(self) -> Int[Array, ""]:
@@ -188,6 +199,9 @@ def _summary(solution: Solution) -> str:
         f"{float(solution.objective):.6g}"
         + ("" if np.isnan(error) else f", estimated error {error:.1e}"),
     ]
+    if np.any(solution.cause):
+        found = (f"component {k}: {cause}" for k, cause in enumerate(solution.causes) if cause)
+        lines.append("  " + "; ".join(found))
     if solution.runs is not None:
         aside = int(solution.set_aside)
         note = f"; {aside} higher but unsound set aside" if aside else ""

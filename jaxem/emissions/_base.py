@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxem._core.blocks import fits_one_block, sum_over_observations
+from jaxem._core.causes import either
 from jaxem._core.parameters import Frozen
 from jaxem.factors._base import AbstractFactor
 
@@ -47,11 +48,10 @@ class AbstractEmission(AbstractFactor):
         """log p(x | z = k) + ⟨tilt, t(x)⟩ near tilt = 0, with the statistics t about self."""
 
     @abc.abstractmethod
-    def degenerate(self, sums: PyTree[Array]) -> Bool[Array, " k"]:
-        """Components that rest on too few observations or on hardly any variance.
+    def degenerate(self, sums: PyTree[Array]) -> Int[Array, " k"]:
+        """Why each component is degenerate, a member of `CAUSES`; 0 where it is not.
 
-        Both are judged at the maximum that the sums ask for; where self is one already, that
-        is self.
+        It is judged at the maximum that the sums ask for; where self is one already, that is self.
         """
 
     @abc.abstractmethod
@@ -129,13 +129,13 @@ class AbstractNested(AbstractEmission):
         pairs = zip(self.inner(), sums, strict=True)
         return jnp.asarray(sum((part.expected_log_prob(own) for part, own in pairs), 0.0))
 
-    def degenerate(self, sums: tuple[Any, ...]) -> Bool[Array, " k"]:
-        """Components any part of which is."""
-        flags = jnp.zeros(self.num_components, bool)
+    def degenerate(self, sums: tuple[Any, ...]) -> Int[Array, " k"]:
+        """Why some part of a component is."""
+        cause = jnp.zeros(self.num_components, jnp.int32)
         for part, own in zip(self.inner(), sums, strict=True):
             each = part.degenerate(own).reshape(self.num_components, -1)
-            flags = flags | jnp.any(each, axis=1)
-        return flags
+            cause = either(cause, jnp.max(each, axis=1))
+        return cause
 
 
 Emission = TypeVar("Emission", bound=AbstractEmission)

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 from numpy.typing import ArrayLike
 
 from jaxem._core.blocks import weighted_mean
+from jaxem._core.causes import caused, either
 from jaxem._core.checks import check_options, keywords
 from jaxem._core.freezing import freeze
 from jaxem._core.numerics import as_float, divide, float_dtype, pseudo_count
@@ -161,37 +162,40 @@ class AbstractConjugateFamily(AbstractFamily):
         count = count if leaf.shape[0] == k else jnp.mean(count, keepdims=True)
         return count.reshape(-1, *(1,) * (leaf.ndim - 1)) * leaf
 
-    def collapsed(self, sums: PyTree[Array]) -> Bool[Array, " k"]:
-        """Components with an estimate that means collapse, at the maximum that the sums ask for."""
-        flags = jnp.zeros(self.num_components, bool)
+    def collapsed(self, sums: PyTree[Array]) -> Int[Array, " k"]:
+        """Why an estimate means collapse, at the maximum that the sums ask for."""
+        cause = jnp.zeros(self.num_components, jnp.int32)
         collapsible = {
             n: p for n, p in self.parameters.items() if p.collapsed or p.role == "spread"
         }
         if not collapsible:
-            return flags
+            return cause
         new, sizes = self.m_step(sums), self._sizes()
         for name, parameter in collapsible.items():
-            thin = parameter.has_collapsed(new.leaf(name))
+            is_free = self.free(name)
+            at_bound = parameter.has_collapsed(new.leaf(name))
+            cause = either(cause, caused(bound=at_bound & is_free))
             if parameter.role == "spread":
                 needed = parameter.least_count
                 least = sizes[needed] if isinstance(needed, str) else needed
-                thin = thin | (_observations(sums) < least)
+                few = _observations(sums) < least
+                cause = either(caused(few_observations=few & is_free), cause)
             if isinstance(self, AbstractSpread) and parameter.role == "spread":
                 relative = parameter.spread(new.leaf(name))
                 average = divide(
                     jnp.sum(sums.count * relative, axis=0), jnp.sum(sums.count, axis=0)
                 )
                 narrow = relative < self.min_spread * average
-                thin = thin | jnp.any(narrow.reshape(len(thin), -1), axis=1)
-            flags = flags | (thin & self.free(name))
-        return flags
+                thin = jnp.any(narrow.reshape(len(narrow), -1), axis=1)
+                cause = either(cause, caused(no_variance=thin & is_free))
+        return cause
 
 
 class AbstractExponentialFamily(AbstractConjugateFamily, AbstractStarting):
     """Families whose starts and degeneracy follow from a few M-steps."""
 
-    def degenerate(self, sums: PyTree[Array]) -> Bool[Array, " k"]:
-        return (_observations(sums) < 1) | self.collapsed(sums)
+    def degenerate(self, sums: PyTree[Array]) -> Int[Array, " k"]:
+        return either(caused(few_observations=_observations(sums) < 1), self.collapsed(sums))
 
     @classmethod
     def pooled(cls, x, num_components, sample_weight, **options):

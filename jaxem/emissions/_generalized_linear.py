@@ -19,11 +19,12 @@ from typing import Any, ClassVar, Self
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Int
 from numpy.typing import ArrayLike
 
 from jaxem._core import linalg as la
-from jaxem._core.inputs import InputFrame
+from jaxem._core.causes import caused
+from jaxem._core.inputs import InputFrame, LinearSums, runs_away
 from jaxem._core.numerics import divide, pseudo_count
 from jaxem._core.parameters import replace, update
 from jaxem._core.quadratic import AbstractLocal, Blocks, LocalQuadratic, shortened, square_tilt
@@ -35,7 +36,8 @@ class AbstractGeneralizedLinear(AbstractRegression, AbstractLocal):
     """Regressions with a link; a family adds its density, its curvature and its unit.
 
     Sums are a `LocalQuadratic` in the coefficients of ṽ times the unit, which makes it
-    dimensionless: score (k, d, q), curvature in blocks (k, d, q, q).
+    dimensionless: score (k, d, q), curvature in blocks (k, d, q, q); and moments of ṽ, by which the
+    M-step moves its frame.
     """
 
     parameters: ClassVar = {"coefficients": COEFFICIENTS, "intercept": INTERCEPT}
@@ -55,38 +57,41 @@ class AbstractGeneralizedLinear(AbstractRegression, AbstractLocal):
     def unit(self) -> Float[Array, "k d"]:
         """The square root of w at the mean of the inputs."""
 
-    def canonical(self) -> LocalQuadratic:
-        k, d, p = self.coefficients.shape
-        zeros = jnp.zeros((k, d, 1 + p, 1 + p), self.intercept.dtype)
-        one = jnp.ones((), zeros.dtype)
-        return LocalQuadratic(one, zeros[:, 0, 0, 0], zeros[:, :, 0], Blocks(zeros))
+    def canonical(self) -> LinearSums:
+        (k, d, p), dtype = self.coefficients.shape, self.intercept.dtype
+        zeros, one = jnp.zeros((k, d, 1 + p, 1 + p), dtype), jnp.ones((), dtype)
+        quadratic = LocalQuadratic(one, zeros[:, 0, 0, 0], zeros[:, :, 0], Blocks(zeros))
+        return LinearSums(quadratic, zeros[:, 0])
 
-    def log_prob(self, x: Any, tilt: LocalQuadratic) -> Float[Array, "n k"]:
-        unit = self.unit()[:, :, None]
+    def log_prob(self, x: Any, tilt: LinearSums) -> Float[Array, "n k"]:
+        unit, (quadratic, moments) = self.unit()[:, :, None], tilt
         y = x[1].astype(self.intercept.dtype).T
-        eta = self.eta(self.centred() + tilt.score / unit, x)
-        curvature = tilt.curvature.matrix / unit[..., None] ** 2
-        square = square_tilt(curvature, self.inputs.standardized(x[0])[:, None])
+        eta = self.eta(self.centred() + quadratic.score / unit, x)
+        v = self.inputs.standardized(x[0])
+        square = square_tilt(quadratic.curvature.matrix / unit[..., None] ** 2, v[:, None])
         log_prob = self.log_prob_of(eta, y) + self.weight_of(eta) * square
-        return (la.repeat(tilt.count, y.shape[1]) + jnp.sum(log_prob, axis=1)).T
+        counts = la.repeat(quadratic.count, y.shape[1]) + square_tilt(moments, v)
+        return (counts + jnp.sum(log_prob, axis=1)).T
 
-    def reframe(self, sums: LocalQuadratic, old: Self) -> LocalQuadratic:
+    def reframe(self, sums: LinearSums, old: Self) -> LinearSums:
         unit = old.unit()[:, :, None]
         step = old.inputs.centred(
             self.coefficients - old.coefficients, self.intercept - old.intercept
         )
-        turn = self.inputs.turn_from(old.inputs)[:, None]
-        turn = turn * (unit / self.unit()[:, :, None])[..., None]
-        return sums.moved(unit * step).turned(turn)
+        turn = self.inputs.turn_from(old.inputs)
+        moments = la.matmul(la.matmul(turn, sums.moments), la.transpose(turn))
+        turn = turn[:, None] * (unit / self.unit()[:, :, None])[..., None]
+        return LinearSums(sums.quadratic.moved(unit * step).turned(turn), moments)
 
-    def m_step(self, sums: LocalQuadratic) -> Self:
-        curvature = sums.curvature.matrix
-        step = sums.maximum(self.inputs.free_directions(self)[:, None])
+    def m_step(self, sums: LinearSums) -> Self:
+        quadratic = sums.quadratic
+        step = self._newton(quadratic)
         # A change of η by more than this, in the mean over observations, is beyond the quadratic.
         # With collinear inputs it is less than their coefficients say, with a prior less than H
         # says.
         unit = self.unit()[:, :, None]
-        by_curvature = divide(sums.square(step)[:, :, None], curvature[:, :, :1, 0])
+        level = quadratic.curvature.matrix[:, :, :1, 0]
+        by_curvature = divide(quadratic.square(step)[:, :, None], level)
         reach = jnp.minimum(jnp.sum(step**2, axis=2, keepdims=True), by_curvature)
         step = shortened(step, reach, self.max_step**2 * unit**2)
         coefficients, intercept = self.inputs.uncentred(step / unit)
@@ -95,7 +100,12 @@ class AbstractGeneralizedLinear(AbstractRegression, AbstractLocal):
             coefficients=self.coefficients + coefficients,
             intercept=self.intercept + intercept,
         )
-        return replace(new, inputs=self.inputs.moved(jnp.sum(curvature, axis=1)))
+        return replace(new, inputs=self.inputs.moved(sums.moments))
+
+    def _newton(self, quadratic: LocalQuadratic) -> Float[Array, "k d q"]:
+        """The step to the maximum of the quadratic, within what is free and what data resolve."""
+        least = self.inputs.unresolved()[:, None] * quadratic.curvature.matrix[:, :, 0, :1]
+        return quadratic.maximum(self.inputs.free_directions(self)[:, None], least)
 
     def prior(
         self,
@@ -119,7 +129,19 @@ class AbstractGeneralizedLinear(AbstractRegression, AbstractLocal):
         diagonal = jnp.concatenate([own[:, :, None], others], axis=2)
         diagonal = diagonal / frame.unit()[:, :, None] ** 2
         blocks = Blocks(diagonal[..., None] * np.eye(diagonal.shape[2], dtype=diagonal.dtype))
-        return Framed(self.tilt()._replace(curvature=blocks), frame)
+        quadratic, moments = self.tilt()
+        return Framed(LinearSums(quadratic._replace(curvature=blocks), moments), frame)
 
-    def degenerate(self, sums: LocalQuadratic) -> Bool[Array, " k"]:
-        return sums.count < np.maximum(self.num_fitted(), 1)
+    def degenerate(self, sums: LinearSums) -> Int[Array, " k"]:
+        quadratic, moments = sums
+        unit = self.unit()[:, :, None]
+        endless = runs_away(
+            self._newton(quadratic) / unit,
+            quadratic.curvature.matrix * unit[..., None] ** 2,
+            moments[:, None],
+            self.inputs.free_directions(self)[:, None],
+            quadratic.count[:, None],
+            self.inputs.unresolved()[:, None],
+        )
+        few = quadratic.count < np.maximum(self.num_fitted(), 1)
+        return caused(few_observations=few, separation=jnp.any(endless, axis=(1, 2)))

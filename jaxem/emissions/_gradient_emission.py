@@ -14,9 +14,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from jaxem._core.blocks import num_observations
+from jaxem._core.causes import caused
 from jaxem._core.constraints import real
 from jaxem._core.parameters import Frozen, update
 from jaxem._core.quadratic import AbstractLocal, Identity, LocalQuadratic
@@ -152,5 +153,5 @@ class GradientEmission(AbstractFamily, AbstractLocal):
         draw = lambda key, numbers: self.structure.module(numbers).sample(key)  # noqa: E731
         return jax.vmap(draw)(keys, self.params[z])
 
-    def degenerate(self, sums: LocalQuadratic) -> Bool[Array, " k"]:
-        return (sums.count < 1) & self.free("params")
+    def degenerate(self, sums: LocalQuadratic) -> Int[Array, " k"]:
+        return caused(few_observations=(sums.count < 1) & self.free("params"))

@@ -24,10 +24,11 @@ from typing import Any, ClassVar, NamedTuple, Self
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Int
 from numpy.typing import ArrayLike
 
 from jaxem._core import linalg as la
+from jaxem._core.causes import caused, either
 from jaxem._core.constraints import leaves_of
 from jaxem._core.dense_scales import FullScale, full_scale, pooled_full_scale
 from jaxem._core.inputs import InputFrame
@@ -54,12 +55,15 @@ class JointMoments(NamedTuple):
         return self._replace(joint=joint)
 
     def maximum(
-        self, directions: Float[Array, "k q q"]
+        self, directions: Float[Array, "k q q"], unresolved: Float[Array, "k q"]
     ) -> tuple[Float[Array, "k d q"], Float[Array, "c d d"]]:
-        """The step δ within the span of the rows of `directions`, and squares about its end."""
+        """The step δ within the span of the rows of `directions`, and squares about its end.
+
+        It does not go along inputs of which no more is left than what is `unresolved`.
+        """
         q = directions.shape[-1]
         moments, cross = self.joint[:, :q, :q], self.joint[:, q:, :q]
-        step = solve_free(moments, cross, directions)
+        step = solve_free(moments, cross, directions, unresolved * moments[:, 0, :1])
         # Also where the step leads to no free maximum; what is below the rounding of the squares
         # before it counts as scatter.
         moved = la.matmul(2 * cross - la.matmul(step, moments), la.transpose(step))
@@ -162,8 +166,11 @@ class LinearRegression(AbstractRegression):
         turn = jnp.concatenate([top, bottom], axis=1)
         return sums.turned(turn)
 
+    def _maximum(self, sums: JointMoments) -> tuple[Array, Array]:
+        return sums.maximum(self.inputs.free_directions(self), self.inputs.unresolved())
+
     def m_step(self, sums: JointMoments) -> Self:
-        step, scatter = sums.maximum(self.inputs.free_directions(self))
+        step, scatter = self._maximum(sums)
         step = la.matmul(self.structure.factor(), step)
         coefficients, intercept = self.inputs.uncentred(step)
         new = update(
@@ -225,16 +232,21 @@ class LinearRegression(AbstractRegression):
     def draw(self, key, mean, z):
         return mean + self.structure.noise(key, z, mean.shape[1])
 
-    def degenerate(self, sums: JointMoments) -> Bool[Array, " k"]:
-        _, scatter = sums.maximum(self.inputs.free_directions(self))
+    def degenerate(self, sums: JointMoments) -> Int[Array, " k"]:
+        _, scatter = self._maximum(sums)
         within = self.structure.best_covariance(scatter, sums.scale_count)
         centred = self.centred()
         level = centred[:, :, 0]
-        thin = self.structure.has_collapsed(within, sums.scale_count, level - centroid(level))
+        of_scale = self.structure.has_collapsed(within, sums.scale_count, level - centroid(level))
         # Residuals below the rounding of the slopes that they are differences from
         root = la.matmul(self.structure.factor(), la.cholesky(within))
         reach = jnp.sum(jnp.abs(centred[:, :, 1:]), axis=2)
-        thin = thin | ~resolves(jnp.sqrt(jnp.sum(root**2, axis=2)), reach)
+        thin = ~resolves(jnp.sqrt(jnp.sum(root**2, axis=2)), reach)
+        few = jnp.zeros_like(sums.joint[:, 0, 0], bool)
         if not self.structure.shared:
-            thin = thin | (sums.scale_count < self.intercept.shape[1] + self.num_fitted())
-        return (thin & self.free("covariance")) | (sums.joint[:, 0, 0] < 1)
+            few = sums.scale_count < self.intercept.shape[1] + self.num_fitted()
+        is_free = self.free("covariance")
+        few = (sums.joint[:, 0, 0] < 1) | (few & is_free)
+        return either(
+            caused(few_observations=few), either(of_scale, caused(no_variance=thin)) * is_free
+        )

@@ -4,9 +4,10 @@ from typing import ClassVar, Self
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from jaxem._core.blocks import weighted_mean
+from jaxem._core.causes import caused, either
 from jaxem._core.checks import check_options
 from jaxem._core.parameters import build, replace
 from jaxem._core.scales import AbstractScale
@@ -26,12 +27,12 @@ class AbstractLocationScale(AbstractConjugateFamily, AbstractStarting):
     mean: eqx.AbstractVar[Float[Array, "k d"]]
     structure: eqx.AbstractVar[AbstractScale]
 
-    def degenerate(self, sums: PyTree[Array]) -> Bool[Array, " k"]:
+    def degenerate(self, sums: PyTree[Array]) -> Int[Array, " k"]:
         moments = sums.combined
-        thin = self.structure.degenerate(moments, self.mean, self.free("mean"))
+        of_scale = self.structure.degenerate(moments, self.mean, self.free("mean"))
         (name,) = (n for n, p in self.parameters.items() if p.role == "scale")
-        flags = (thin & self.free(name)) | (moments.mean_count < 1)
-        return flags | self.collapsed(sums)
+        few = caused(few_observations=moments.mean_count < 1)
+        return either(either(few, of_scale * self.free(name)), self.collapsed(sums))
 
     @classmethod
     def pooled(cls, x, num_components, sample_weight, **options):

@@ -22,19 +22,16 @@ from jaxem.emissions._regression_base import Link
 class LogisticRegression(AbstractGeneralizedLinear):
     """Logistic regressions of bits, P(y_d = 1 | u, z = k) = 1 / (1 + exp(−W_kd·u − b_kd)).
 
-    Its M-step maximises the quadratic lower bound of Jaakkola & Jordan, w = tanh(η/2) / 2η, so
-    that the objective rises at every step; steps are short, and `SQUAREM` pays. Where inputs
-    separate the bits there is no maximum, and coefficients grow for ever: give a prior.
+    Its M-step is a Newton step (IRLS), of limited length. Where inputs separate the bits there is
+    no maximum, and coefficients grow for ever: such a fit is `degenerate`; give a prior.
 
     **Arguments:** `coefficients` (k, d, p); `intercept` (k, d), the logit at u = 0. Data: inputs u
     (n, p) and outputs y (n, d) of 0 and 1, a tuple.
 
     **Raises:** `ValueError` for other shapes or values.
-
-    Jaakkola & Jordan (2000), Statistics and Computing 10.
     """
 
-    max_step: ClassVar = 1e9
+    max_step: ClassVar = 2.0
     support: ClassVar = Regressed(bits("n d"))
     link: ClassVar = Link(of=jax.scipy.special.logit, inverse=jax.nn.sigmoid, share=0.5)
     coefficients: Float[Array, "k d p"]
@@ -51,10 +48,7 @@ class LogisticRegression(AbstractGeneralizedLinear):
         return jax.nn.log_sigmoid((2 * y - 1) * eta)
 
     def weight_of(self, eta: Array) -> Array:
-        near = jnp.abs(eta) < 1e-2
-        far = jnp.where(near, 1, eta)
-        series = 0.25 - eta**2 / 48 + eta**4 / 480
-        return jnp.where(near, series, jnp.tanh(0.5 * far) / (2 * far))
+        return jax.nn.sigmoid(eta) * jax.nn.sigmoid(-eta)
 
     def unit(self) -> Float[Array, "k d"]:
         return jnp.full_like(self.intercept, 0.5)

@@ -11,19 +11,20 @@ and the moments Σ w ṽ ṽᵀ, by which the M-step moves c and s. M-step: δ =
 Jacobs, Jordan, Nowlan & Hinton (1991), Neural Computation 3.
 """
 
-from typing import ClassVar, NamedTuple, Self
+from typing import ClassVar, Self
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from numpy.typing import ArrayLike
 
 from jaxem._core import linalg as la
+from jaxem._core.causes import caused
 from jaxem._core.checks import check_continuous
 from jaxem._core.constraints import leaves_of, real
-from jaxem._core.inputs import InputFrame
+from jaxem._core.inputs import InputFrame, LinearSums, runs_away
 from jaxem._core.numerics import pseudo_count
 from jaxem._core.parameters import Frozen, free, replace, update
 from jaxem._core.quadratic import AbstractLocal, Blocks, LocalQuadratic, shortened, square_tilt
@@ -31,11 +32,6 @@ from jaxem._core.statistics import Framed
 from jaxem.factors._base import AbstractFactor
 
 _LONGEST = 1.0  # root mean square of a step's change of the log-odds
-
-
-class GateSums(NamedTuple):
-    quadratic: LocalQuadratic  # in θ, end to end: score (k·q,), curvature one block
-    moments: Float[Array, "q q"]  # Σ w ṽ ṽᵀ
 
 
 class LogisticGate(AbstractFactor, AbstractLocal):
@@ -97,17 +93,17 @@ class LogisticGate(AbstractFactor, AbstractLocal):
         """The coefficients of ṽ."""
         return self.inputs.centred(slopes[None], intercepts[None])[0]
 
-    def tilt(self) -> GateSums:
+    def tilt(self) -> LinearSums:
         """Zeros like the sums: the point at which `log_weights` is differentiated."""
         k, p = self.slopes.shape
         zeros = jnp.zeros((k * (1 + p),) * 2, self.slopes.dtype)
         zero = zeros[0, 0]
-        return GateSums(
+        return LinearSums(
             LocalQuadratic(zero, zero, zeros[0], Blocks(zeros)), zeros[: 1 + p, : 1 + p]
         )
 
     def log_weights(
-        self, v: Float[Array, "n p"], tilt: GateSums | None = None
+        self, v: Float[Array, "n p"], tilt: LinearSums | None = None
     ) -> Float[Array, "n k"]:
         """log P(z = k | v); a tilt adds its product with the statistics about self."""
         quadratic, moments = self.tilt() if tilt is None else tilt
@@ -125,19 +121,17 @@ class LogisticGate(AbstractFactor, AbstractLocal):
         zero = square - square_tilt(curvature, mean) + square_tilt(moments, u) + quadratic.count
         return log_weights + zero[:, None]
 
-    def reframe(self, sums: GateSums, old: Self) -> GateSums:
+    def reframe(self, sums: LinearSums, old: Self) -> LinearSums:
         turn = self.inputs.turn_from(old.inputs)[0]
         turns = jnp.kron(jnp.eye(self.num_components, dtype=turn.dtype), turn)
         step = self._centred(self.slopes - old.slopes, self.intercepts - old.intercepts)
         moments = la.matmul(la.matmul(turn, sums.moments), turn.T)
-        return GateSums(sums.quadratic.turned(turns).moved(step.reshape(-1)), moments)
+        return LinearSums(sums.quadratic.turned(turns).moved(step.reshape(-1)), moments)
 
-    def m_step(self, sums: GateSums) -> Self:
+    def m_step(self, sums: LinearSums) -> Self:
         """A Newton step within what is free, no longer than the quadratic holds."""
-        (k, p), eye = self.slopes.shape, jnp.eye(self.num_components, dtype=self.slopes.dtype)
-        directions = jnp.einsum("kij,kl->kilj", self.inputs.free_directions(self), eye)
-        quadratic = sums.quadratic
-        step = quadratic.maximum(directions.reshape((k * (1 + p),) * 2))
+        (k, p), quadratic = self.slopes.shape, sums.quadratic
+        step = self._newton(quadratic)
         step = shortened(step, quadratic.square(step), _LONGEST**2 * quadratic.count)
         slopes, intercepts = self.inputs.uncentred(step.reshape(1, k, 1 + p))
         new = update(
@@ -145,7 +139,35 @@ class LogisticGate(AbstractFactor, AbstractLocal):
         )
         return replace(new, inputs=self.inputs.moved(sums.moments[None]))
 
-    def expected_log_prob(self, sums: GateSums) -> Float[Array, ""]:
+    def _directions(self) -> Float[Array, "q q"]:
+        """What is free, end to end; of what all components have in common the last one has none."""
+        k, q = self.num_components, 1 + self.slopes.shape[1]
+        rows = np.stack([free(self, "intercept")] + (q - 1) * [free(self, "coefficients")], axis=1)
+        rows = rows & ~(rows.all(axis=0) & (np.arange(k) == k - 1)[:, None])
+        each = rows[:, :, None] * self.inputs.free_directions(self)
+        return jnp.einsum("kij,kl->kilj", each, jnp.eye(k, dtype=each.dtype)).reshape(k * q, k * q)
+
+    def _newton(self, quadratic: LocalQuadratic) -> Float[Array, " q"]:
+        level = jnp.diagonal(quadratic.curvature.matrix).reshape(self.num_components, -1)[:, :1]
+        least = self.inputs.unresolved() * level
+        return quadratic.maximum(self._directions(), least.reshape(-1))
+
+    def degenerate(self, sums: LinearSums) -> Int[Array, " k"]:
+        """Why a component's coefficients have no maximum, a member of `CAUSES`."""
+        quadratic, k = sums.quadratic, self.num_components
+        moments = jnp.kron(jnp.eye(k, dtype=sums.moments.dtype), sums.moments)
+        unresolved = jnp.broadcast_to(self.inputs.unresolved(), (k, sums.moments.shape[0]))
+        endless = runs_away(
+            self._newton(quadratic),
+            quadratic.curvature.matrix,
+            moments,
+            self._directions(),
+            quadratic.count,
+            unresolved.reshape(-1),
+        )
+        return caused(separation=jnp.any(endless.reshape(k, -1), axis=1))
+
+    def expected_log_prob(self, sums: LinearSums) -> Float[Array, ""]:
         return sums.quadratic.value
 
     def prior(
@@ -169,4 +191,6 @@ class LogisticGate(AbstractFactor, AbstractLocal):
         others = pseudo_count("precision", precision, self.slopes)
         diagonal = jnp.concatenate([own[:, None], others], axis=1).reshape(-1)
         flat, moments = self.tilt()
-        return Framed(GateSums(flat._replace(curvature=Blocks(jnp.diag(diagonal))), moments), frame)
+        return Framed(
+            LinearSums(flat._replace(curvature=Blocks(jnp.diag(diagonal))), moments), frame
+        )

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Generic
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxem._core.blocks import num_observations
 from jaxem._core.checks import checked_key, name_of
@@ -62,7 +62,7 @@ class Alone(AbstractMixture, Generic[Emission]):
     def width(self, data: PyTree[Array]) -> int:
         return width(self.emission, data)
 
-    def degenerate(self, statistics: Framed) -> Bool[Array, " 1"]:
+    def degenerate(self, statistics: Framed) -> Int[Array, " 1"]:
         return self.emission.degenerate(*statistics.at(self).sums)
 
 

@@ -6,7 +6,7 @@ from typing import Any, Self
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxem._core.blocks import num_observations
 from jaxem._core.checks import check_sample_weight
@@ -106,8 +106,12 @@ class AbstractModel(eqx.Module):
         """How many numbers an E-step holds for each observation: it decides block sizes."""
 
     @abc.abstractmethod
-    def degenerate(self, statistics: Framed) -> Bool[Array, " k"]:
-        """Components that rest on too few observations, or on hardly any variance."""
+    def degenerate(self, statistics: Framed) -> Int[Array, " k"]:
+        """Why each component is degenerate, a member of `CAUSES`; 0 where it is not.
+
+        In `statistics` an observation counts as one where weights are counts, else as much as
+        others do.
+        """
 
     @abc.abstractmethod
     def representable(self) -> Bool[Array, ""]:
@@ -145,8 +149,8 @@ class AbstractNamelessModel(AbstractModel):
     def in_support(self, data: PyTree[Array]) -> Bool[Array, " n"]:
         return finite(data)
 
-    def degenerate(self, statistics: Framed) -> Bool[Array, " 1"]:
-        return jnp.zeros((1,), bool)
+    def degenerate(self, statistics: Framed) -> Int[Array, " 1"]:
+        return jnp.zeros((1,), jnp.int32)
 
     def representable(self) -> Bool[Array, ""]:
         return all_finite(self.params)

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxem._core import linalg as la
 from jaxem._core.blocks import num_observations
+from jaxem._core.causes import either
 from jaxem._core.checks import checked_key
 from jaxem._core.conversion import as_arrays
 from jaxem._core.numerics import finite
@@ -120,9 +121,9 @@ class MixtureOfExperts(AbstractMixture, Generic[Emission]):
         z = jax.random.categorical(z_key, self.gate.log_weights(covariates), axis=1)
         return self.components.sample(x_key, z, **options), z
 
-    def degenerate(self, statistics: Framed) -> Bool[Array, " k"]:
-        _, emitted = statistics.at(self).sums
-        return self.components.degenerate(emitted)
+    def degenerate(self, statistics: Framed) -> Int[Array, " k"]:
+        gated, emitted = statistics.at(self).sums
+        return either(self.components.degenerate(emitted), self.gate.degenerate(gated))
 
 
 def _pair(data: Any) -> tuple[Any, Any]:

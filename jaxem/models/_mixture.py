@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike
 
 from jaxem._core import linalg as la
 from jaxem._core.blocks import num_observations, substitute
+from jaxem._core.causes import caused, either
 from jaxem._core.checks import check_shape, check_values, checked_key
 from jaxem._core.conversion import as_arrays
 from jaxem._core.numerics import float_dtype
@@ -82,10 +83,10 @@ class Mixture(AbstractMixture, Generic[Emission]):
         z = jax.random.categorical(z_key, self._weights.logits, shape=(n,))
         return self.components.sample(x_key, z), z
 
-    def degenerate(self, statistics: Framed) -> Bool[Array, " k"]:
+    def degenerate(self, statistics: Framed) -> Int[Array, " k"]:
         counts, sums = statistics.at(self).sums
-        flags = self.components.degenerate(sums)
-        return flags | ((counts < 1) & free(self._weights, "probability"))
+        few = (counts < 1) & free(self._weights, "probability")
+        return either(caused(few_observations=few), self.components.degenerate(sums))
 
     # Starts
 

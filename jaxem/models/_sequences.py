@@ -164,7 +164,7 @@ class AbstractSequenceModel(AbstractComposite, Generic[Emission]):
         x = self.emission.sample(key, z.reshape(-1))
         return jax.tree.map(lambda leaf: leaf.reshape(*z.shape, *leaf.shape[1:]), x)
 
-    def degenerate(self, statistics: Framed) -> Bool[Array, " k"]:
+    def degenerate(self, statistics: Framed) -> Int[Array, " k"]:
         return self.emission.degenerate(statistics.at(self).sums[-1])
 
 
