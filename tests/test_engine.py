@@ -268,7 +268,7 @@ class Bold(jaxem.em.AbstractMaximization):
     def conclusive(self, memory, step):
         return True
 
-    def __call__(self, statistics, memory, evaluate):
+    def __call__(self, statistics, memory, evaluate, total):
         safe = statistics.frame.m_step(statistics)
         bold = jax.tree.map(lambda a, b: a + self.factor * (b - a), statistics.frame, safe)
         pays = evaluate(bold)[1] > evaluate(safe)[1]

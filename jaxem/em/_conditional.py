@@ -67,10 +67,10 @@ class Conditional(AbstractMaximization):
                 )
         return blocks
 
-    def __call__(self, statistics, memory, evaluate):
+    def __call__(self, statistics, memory, evaluate, total):
         model, remembered = statistics.frame, []
         for (names, step), own in zip(self.blocks, memory, strict=True):
-            found, own = step(statistics.at(_only(model, names)), own, evaluate)
+            found, own = step(statistics.at(_only(model, names)), own, evaluate, total)
             # the leaves that were found, and what was frozen before
             model = jax.tree.unflatten(jax.tree.structure(model), jax.tree.leaves(found))
             remembered.append(own)

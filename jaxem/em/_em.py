@@ -152,7 +152,9 @@ class EM(AbstractAlgorithm):
             return new, log_likelihood + problem.log_prior(model)
 
         statistics = problem.with_prior(state.statistics)
-        model, memory = self.maximization(statistics, state.maximization, evaluate)
+        model, memory = self.maximization(
+            statistics, state.maximization, evaluate, problem.total_weight
+        )
         return with_frozen(model, state.model), memory
 
     def expect(

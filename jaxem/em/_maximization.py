@@ -23,11 +23,12 @@ class AbstractMaximization(AbstractSlot):
         statistics: Framed,
         memory: PyTree[Array],
         evaluate: Callable[[AbstractModel], tuple[Framed, Float[Array, ""]]],
+        total: Float[Array, ""] | float,
     ) -> tuple[AbstractModel, PyTree[Array]]:
         """The next model; what is frozen in the frame of the statistics stays as it is there.
 
         `evaluate(model)` gives the statistics of this step's data about a model, without the
-        prior, and its objective, with the log-prior.
+        prior, and its objective, with the log-prior; `total` is the weight of all the data.
         """
 
 
@@ -41,7 +42,7 @@ class ClosedForm(AbstractMaximization):
     def init(self, model):
         return None
 
-    def __call__(self, statistics, memory, evaluate):
+    def __call__(self, statistics, memory, evaluate, total):
         return statistics.frame.m_step(statistics), memory
 
     def conclusive(self, memory, step):

@@ -19,6 +19,8 @@ class Traits:
       after the step.
     - `stationary`: where a fit can converge, each step is the same map, so that changes shrink
       by EM's own rate of convergence.
+    - `maximal`: the M-step goes to the maximum of Q, or of its quadratic, so that a small step is
+      near it. Where it does not, a fit has converged if that step would be small as well.
     - `uses_objective`: the M-step evaluates the objective, beyond what the statistics hold.
     - `period`: how many steps it takes to see all the data.
 
@@ -29,6 +31,7 @@ class Traits:
     deterministic: bool = True
     full_data: bool = True
     stationary: bool = True
+    maximal: bool = True
     uses_objective: bool = False
     period: int = 1
 
@@ -38,6 +41,7 @@ class Traits:
             deterministic=self.deterministic and other.deterministic,
             full_data=self.full_data and other.full_data,
             stationary=self.stationary and other.stationary,
+            maximal=self.maximal and other.maximal,
             uses_objective=self.uses_objective or other.uses_objective,
             period=self.period * other.period,
         )
