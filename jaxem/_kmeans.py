@@ -85,12 +85,26 @@ def kmeans(
     """
     x, sample_weight = as_arrays(x), as_arrays(sample_weight)
     check_observations(x, num_features(x), "kmeans")
+    check_count("num_clusters", num_clusters)
     check_count("num_restarts", num_restarts)
+    checked_key(key)
+    models, sound = _starts(key, x, int(num_clusters), sample_weight, int(num_restarts))
     check_values(
-        or_absent(finite(x), sample_weight),
+        sound,
         "kmeans: the data hold a NaN or an infinity; give such observations weight 0, or remove "
         "them.",
     )
+    runs = fit_restarts(
+        models, x, EM(Hard()), sample_weight=sample_weight, tol=tol, max_steps=max_steps
+    )
+    return _best(runs, x, sample_weight)
+
+
+@eqx.filter_jit
+def _starts(
+    key: Array, x: Array, num_clusters: int, sample_weight: Array | None, num_restarts: int
+) -> tuple[Mixture, Bool[Array, ""]]:
+    """The starts, and whether all observations that count are finite."""
     spheres: Any = SphericalGaussian  # to a type checker, a partial of it would be a call
     family = functools.partial(spheres, tied=True)
 
@@ -98,25 +112,19 @@ def kmeans(
         model = Mixture.init(start_key, x, num_clusters, family, sample_weight=sample_weight)
         return freeze(model, "weights", "components.variance")
 
-    models = jax.vmap(start)(jax.random.split(checked_key(key), num_restarts))
-    runs = fit_restarts(
-        models, x, EM(Hard()), sample_weight=sample_weight, tol=tol, max_steps=max_steps
-    )
+    models = jax.vmap(start)(jax.random.split(key, num_restarts))
+    return models, jnp.all(or_absent(finite(x), sample_weight))
+
+
+@eqx.filter_jit
+def _best(runs: Solution, x: Array, sample_weight: Array | None) -> KMeans:
     # Starts differ in the scale they hold, which is no part of k-means: compare inertias.
-    inertias = _inertias(runs.model.components.mean, x, sample_weight)
+    centroids = runs.model.components.mean
+    inertias = jax.lax.map(lambda lane: inertia(lane, x, sample_weight), centroids)
     winner = lane_order(eqx.tree_at(lambda s: s.objective, runs, -inertias))[0]
     solution = jax.tree.map(lambda leaf: leaf[winner], runs)
     sizes, _ = solution.statistics.sums
     return KMeans(solution.model.components.mean, inertias[winner], sizes, sizes <= 0, solution)
-
-
-@jax.jit
-def _inertias(
-    centroids: Float[Array, "lanes k d"],
-    x: Float[Array, "n d"],
-    sample_weight: Float[Array, " n"] | None,
-) -> Float[Array, " lanes"]:
-    return jax.lax.map(lambda lane: inertia(lane, x, sample_weight), centroids)
 
 
 def inertia(

@@ -9,10 +9,12 @@ first, and one letter is one size within a factor.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
@@ -90,8 +92,9 @@ class Parameter:
             value = jnp.broadcast_to(value, [s for s in expected if isinstance(s, int)])
         check_shape(name, value, expected)
         sizes.update(zip(self.shape, value.shape, strict=True))
-        check_values(self.constraint.valid(value), f"{name}{self.constraint.requirement}")
-        return self.constraint.inverse(value)
+        valid, leaf = _leaf(self.constraint, value)
+        check_values(valid, f"{name}{self.constraint.requirement}")
+        return leaf
 
     def sizes(self, leaf: Array) -> dict[str, int]:
         """What the letters of the shape stand for."""
@@ -133,6 +136,11 @@ class Parameter:
             change = jnp.log(jnp.maximum(spread, jnp.finfo(leaf.dtype).tiny))
             leaf = self.within(leaf - change if self.inverse_spread else leaf + change)
         return jnp.broadcast_to(leaf[:1], (num_components, *leaf.shape[1:]))
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)  # an eager call is one program
+def _leaf(constraint: Constraint, value: Array) -> tuple[Bool[Array, ""], Array]:
+    return jnp.all(constraint.valid(value)), constraint.inverse(value)
 
 
 def real(leaf: str, shape: str, **settings: Any) -> Parameter:

@@ -10,9 +10,7 @@ from __future__ import annotations
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.experimental.sparse import JAXSparse
 from jaxtyping import Array, PyTree
 
 # Rounding of a column, relative to its standard deviation, beyond which it is refused.
@@ -33,23 +31,29 @@ class _Sparse(Protocol):
     def toarray(self) -> Any: ...
 
 
+@runtime_checkable
+class _JAXSparse(Protocol):
+    """A sparse matrix of JAX, whose module takes long to import."""
+
+    def todense(self) -> Any: ...
+
+
 def as_arrays(data: PyTree[Any]) -> PyTree[Array]:
     """Arrays of other libraries (NumPy, PyTorch, pandas, polars) as JAX's; the rest as it is.
 
     **Raises:** `ValueError` for masked entries, sparse matrices, text, dates, objects that are no
     numbers, and numbers that JAX's dtype does not hold.
     """
-    return jax.tree.map(_as_array, data, is_leaf=lambda leaf: isinstance(leaf, JAXSparse))
+    return jax.tree.map(_as_array, data, is_leaf=lambda leaf: isinstance(leaf, _JAXSparse))
 
 
 def _as_array(leaf: Any) -> Any:
     if isinstance(leaf, jax.Array):
         return leaf
-    if isinstance(leaf, JAXSparse):
-        raise ValueError(f"data are sparse ({type(leaf).__name__}): write data.todense().")
     if not isinstance(leaf, _SupportsArray):
-        if isinstance(leaf, _Sparse):
-            raise ValueError(f"data are sparse ({type(leaf).__name__}): write data.toarray().")
+        if isinstance(leaf, _Sparse | _JAXSparse):
+            dense = "toarray" if isinstance(leaf, _Sparse) else "todense"
+            raise ValueError(f"data are sparse ({type(leaf).__name__}): write data.{dense}().")
         return leaf
     if isinstance(leaf, np.ma.MaskedArray):
         if np.ma.is_masked(leaf):
@@ -74,7 +78,7 @@ def _as_array(leaf: Any) -> Any:
         raise ValueError(
             f"data are {what.get(array.dtype.kind, 'no numbers')} (dtype {array.dtype}): {advice}."
         )
-    return jnp.asarray(_held(array))
+    return jax.device_put(_held(array))  # `jnp.asarray` would compile a program for it
 
 
 def without_masks(values: PyTree[Any]) -> tuple[PyTree[Any], np.ndarray | None]:

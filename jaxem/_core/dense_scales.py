@@ -210,9 +210,10 @@ class AbstractDense(AbstractScale):
         # The smallest eigenvalue exceeds min_spread where what is left has a factor
         eye = jnp.eye(d, dtype=relative.dtype)
         relative = 0.5 * (relative + la.transpose(relative))
-        distinct = jnp.isfinite(la.cholesky(relative - self.min_spread * eye)).all(axis=(1, 2))
+        above, factors = la.cholesky(jnp.stack([relative - self.min_spread * eye, covariance]))
+        distinct = jnp.isfinite(above).all(axis=(1, 2))
         # Where every component is thin alike: variances no larger than their own rounding
-        root = jnp.diagonal(la.cholesky(covariance), axis1=1, axis2=2)
+        root = jnp.diagonal(factors, axis1=1, axis2=2)
         variance = jnp.diagonal(covariance, axis1=1, axis2=2)
         regular = (root**2 > ROUNDINGS * jnp.finfo(root.dtype).eps * variance).all(axis=1)
         wide = resolves(jnp.sqrt(variance), offset / size)

@@ -93,7 +93,7 @@ def _on_platform(
 
 
 def _cholesky_by_rows(a: Array) -> Array:
-    def row(j: Array, upper: Array) -> Array:
+    def row(j: Any, upper: Array) -> Array:
         done = jnp.sum(lax.dynamic_index_in_dim(upper, j, -1) * upper, axis=-2)
         new = lax.dynamic_index_in_dim(a, j, -2, keepdims=False) - done
         pivot = lax.dynamic_index_in_dim(new, j, -1)
@@ -105,7 +105,7 @@ def _cholesky_by_rows(a: Array) -> Array:
 
 
 def _inverse_by_rows(a: Array) -> Array:
-    def row(j: Array, inverse: Array) -> Array:
+    def row(j: Any, inverse: Array) -> Array:
         coefficients = lax.dynamic_index_in_dim(a, j, -2, keepdims=False)
         done = jnp.sum(coefficients[..., None] * inverse, axis=-2)
         new = (jnp.arange(a.shape[-1]) == j) - done
@@ -136,9 +136,13 @@ def _inverse_by_pivots(a: Array) -> Array:
     return lax.fori_loop(0, d, column, both, unroll=d <= 4)[..., d:]
 
 
-def _for_each_row(row: Callable[[Array, Array], Array], a: Array) -> Array:
-    d = a.shape[-1]
-    return lax.fori_loop(0, d, row, jnp.zeros_like(a), unroll=d <= 4)
+def _for_each_row(row: Callable[[Any, Array], Array], a: Array) -> Array:
+    d, done = a.shape[-1], jnp.zeros_like(a)
+    if d > 4:
+        return lax.fori_loop(0, d, row, done)
+    for j in range(d):  # traced faster than a loop to unroll
+        done = row(j, done)
+    return done
 
 
 def _cholesky_by_library(a: Array) -> Array:

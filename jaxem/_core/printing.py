@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import equinox as eqx
@@ -17,9 +18,20 @@ _MOST = 24  # numbers that are worth reading; larger arrays show their shape
 def describe(module: Any) -> str:
     """`Mixture(weights=[0.36 0.64], components=Gaussian(…))`, one parameter a line."""
     if isinstance(module, Parametrized):
-        return _module(module, named_parameters(module), "")
+        return _module(module, _in_order(module), "")
     params = jax.tree.map(lambda leaf: _Shown(numbers(leaf, 0)), module.params)
     return eqx.tree_pformat(replace(module, params=params))
+
+
+@eqx.filter_jit  # one program for all parameters
+def _in_order(module: Any) -> OrderedDict[str, Any]:
+    """Parameters by name; a dictionary would lose its order where it leaves a program."""
+
+    def ordered(named: dict[str, Any]) -> OrderedDict[str, Any]:
+        pairs = named.items()
+        return OrderedDict((k, ordered(v) if isinstance(v, dict) else v) for k, v in pairs)
+
+    return ordered(named_parameters(module))
 
 
 class _Shown:

@@ -10,10 +10,13 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool
 
-from jaxem._core.checks import check_codes, check_continuous, check_counts, concrete, num_features
+from jaxem._core.checks import check_codes, check_continuous, check_counts, num_features
 from jaxem._core.numerics import finite, is_count
 
 
@@ -43,6 +46,13 @@ class Support:
         flags = self.possible(x, sizes)
         return jnp.all(flags.reshape(flags.shape[0], -1), axis=1)
 
+    def counted(self, x: Any, options: Mapping[str, Any]) -> dict[str, int]:
+        """The number of categories, if it is not given and data say it that are not traced."""
+        counts = self.categories and "num_categories" not in options and eqx.is_array(x)
+        if not counts or isinstance(x, Tracer) or not jnp.issubdtype(x.dtype, jnp.integer):
+            return {}
+        return {"num_categories": int(np.max(np.asarray(x))) + 1}
+
     def sizes_in(self, x: Array, options: Mapping[str, Any]) -> tuple[dict[str, int], Any]:
         """The sizes that data say, and those options of a start that are none of them.
 
@@ -51,8 +61,6 @@ class Support:
         sizes, left = {self.columns: x.shape[1]}, dict(options)
         if self.categories:
             given = left.pop("num_categories", None)
-            if given is None and (codes := concrete(x)) is not None:
-                given = int(codes.max()) + 1
             if given is None:
                 raise ValueError(
                     "the categories of traced data cannot be counted: pass "

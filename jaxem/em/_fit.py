@@ -100,7 +100,9 @@ def fit(
     problem = replace(problem, shards=problem.shards or shards_of(problem.data))
     loop = Loop(algorithm, int(max_steps), progress)
     key = None if key is None else checked_key(key)
-    inputs = Inputs(model, problem, key, jnp.asarray(tol, dtype))
+    known = isinstance(tol, int | float)  # then NumPy's array of it compiles no program
+    bound = np.asarray(tol, dtype) if known else jnp.asarray(tol, dtype)
+    inputs = Inputs(model, problem, key, bound)
     solution, worthless = _fit(loop, inputs, adjoint)
     if not throw:
         return solution

@@ -35,7 +35,7 @@ class Inputs(NamedTuple):
     model: AbstractModel
     problem: Problem
     key: Array | None
-    tol: Float[Array, ""]
+    tol: Any  # (), in the dtype of the model
 
     def key_at(self, step: Int[Array, ""]) -> Array | None:
         return None if self.key is None else jax.random.fold_in(self.key, step)
@@ -158,7 +158,8 @@ class Loop(eqx.Module):
         if self.progress is not None:
             self.progress.emit(new.step, new.objective, change)
         return Carry(
-            state=jax.tree.map(lambda a, b: jnp.where(failed, a, b), old, new),
+            # A choice once for all leaves: a `where` of each would be a program of each
+            state=lax.cond(failed, lambda: old, lambda: new),
             change=jnp.where(failed, carry.change, change),
             error=jnp.where(failed, carry.error, error),
             small_steps=small_steps,

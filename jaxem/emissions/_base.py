@@ -60,7 +60,7 @@ class AbstractEmission(AbstractFactor):
 
 
 class AbstractStarting(AbstractEmission):
-    """An emission that starts can be made of, from data."""
+    """An emission that starts can be made of, from data, by one compiled program."""
 
     @classmethod
     @abc.abstractmethod
@@ -71,7 +71,7 @@ class AbstractStarting(AbstractEmission):
         sample_weight: Float[Array, " n"],
         **options: Any,
     ) -> Self:
-        """Components that are all alike: the fit of one to all the data."""
+        """Components that are all alike: the fit of one to all the data, which are traced."""
 
     @abc.abstractmethod
     def located_at(self, x: PyTree[Array], spread: Float[Array, ""]) -> Self:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, PyTree
 from numpy.typing import ArrayLike
 
@@ -25,7 +26,7 @@ from jaxem._core.numerics import as_float, divide, float_dtype, pseudo_count
 from jaxem._core.parameters import free, replace, update, where_rows, within_bounds
 from jaxem._core.statistics import Framed
 from jaxem._core.supports import Support
-from jaxem.emissions._base import AbstractEmission, AbstractStarting, sums_of
+from jaxem.emissions._base import AbstractEmission, AbstractStarting, build, sums_of
 
 _ROUNDS = 6
 
@@ -239,7 +240,28 @@ class AbstractSpread(AbstractExponentialFamily):
     min_spread: eqx.AbstractVar[float]
 
 
-@eqx.filter_jit
+def settled(family: Any, x: PyTree[Array]) -> Partial:
+    """A family with all options of a start from `x`; it compares by their values.
+
+    Where a start is compiled its data are traced: here, before, values of options are checked and
+    categories counted, in the families within a family too.
+    """
+    cls, options = build(family)
+    if issubclass(cls, AbstractFamily):
+        options = cls.support.counted(x, options) | options
+        for name, parameter in cls.parameters.items():
+            if name in options and parameter.role not in ("location", "scale"):
+                parameter.checked(name, as_float(options[name]), {"k": 1})
+    if "family" in options:
+        options["family"] = settled(options["family"], x)
+    families = options.get("families", ())
+    if isinstance(x, tuple) and len(x) == len(families):
+        options["families"] = tuple(map(settled, families, x))
+    # NumPy's scalars would be traced; settings are static
+    plain = {n: v.item() if isinstance(v, np.generic) else v for n, v in options.items()}
+    return Partial(cls, **plain)
+
+
 def _climbed(start: Any, x: Array, sample_weight: Float[Array, " n"], share: float) -> Any:
     """The maximum from `start`, with `share` observations of its law added to the data.
 

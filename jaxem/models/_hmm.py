@@ -19,8 +19,7 @@ from numpy.typing import ArrayLike
 
 from jaxem._core import linalg as la
 from jaxem._core.blocks import sum_over_observations
-from jaxem._core.checks import check_count, checked_key
-from jaxem._core.conversion import as_arrays
+from jaxem._core.checks import check_count, check_values, checked_key, concrete
 from jaxem._core.numerics import divide, float_dtype
 from jaxem._core.parameters import replace
 from jaxem._core.sequences import Sequences, as_sequences
@@ -38,7 +37,7 @@ from jaxem.models._sequences import (
     check_num_steps,
     checked_emission,
     log_prob_of_steps,
-    seed_of_steps,
+    start_from_steps,
 )
 
 
@@ -223,13 +222,30 @@ class HMM(AbstractSequenceModel, Generic[Emission]):
         **Raises:** `ValueError` for more states than steps, an unknown method, or a transition
         of another number of states.
         """
-        emission, uniform = seed_of_steps(key, data, num_states, family, sample_weight, method)
+        known = concrete(stay)
+        if known is not None:
+            check_values((known >= 0) & (known <= 1), f"stay must be a probability, got {stay!r}.")
+        share = stay if known is None else known.astype(float)  # as an array it is not static
+        if transition is not None:
+            check_num_states(transition, num_states)
+        given = key, data, num_states, family, sample_weight, method
+        return start_from_steps(cls._around, *given, share, transition)
+
+    @classmethod
+    def _around(
+        cls,
+        emission: Any,
+        uniform: Array,
+        sequences: Sequences,
+        sample_weight: Any,
+        stay: Any,
+        transition: Transition | None,
+    ) -> Self:
         if transition is None:
-            moves = Transition.sticky(num_states, jnp.asarray(stay, uniform.dtype))
+            moves = Transition.sticky(len(uniform), jnp.asarray(stay, uniform.dtype))
             return cls(uniform, moves, emission)
-        check_num_states(transition, num_states)
         if transition.never_goes_back():
-            emission = _in_order_of_time(emission, as_sequences(as_arrays(data)), sample_weight)
+            emission = _in_order_of_time(emission, sequences, sample_weight)
         return cls(uniform, transition, emission)
 
     @classmethod

@@ -37,7 +37,7 @@ from jaxem.models._sequences import (
     check_num_states,
     check_num_steps,
     checked_emission,
-    seed_of_steps,
+    start_from_steps,
 )
 
 
@@ -160,9 +160,14 @@ class HSMM(AbstractSequenceModel, AbstractSeparable, Generic[Emission]):
         **Raises:** `ValueError` for more states than steps, fewer than two, an unknown method, or
         a duration of another number of states.
         """
-        emission, uniform = seed_of_steps(key, data, num_states, family, sample_weight, method)
-        others = 1 - jnp.eye(num_states, dtype=uniform.dtype)
-        return cls(uniform, others / max(num_states - 1, 1), duration, emission)
+        given = key, data, num_states, family, sample_weight, method
+        return start_from_steps(cls._around, *given, duration)
+
+    @classmethod
+    def _around(cls, emission: Any, uniform: Array, _: Any, __: Any, duration: Any) -> Self:
+        k = len(uniform)
+        others = 1 - jnp.eye(k, dtype=uniform.dtype)
+        return cls(uniform, others / max(k - 1, 1), duration, emission)
 
 
 def _between_segments(transition: ArrayLike | Transition, k: int) -> Transition:

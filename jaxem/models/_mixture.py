@@ -12,21 +12,23 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Generic, Self
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 from numpy.typing import ArrayLike
 
 from jaxem._core import linalg as la
 from jaxem._core.blocks import num_observations, substitute
 from jaxem._core.causes import caused, either
-from jaxem._core.checks import check_shape, check_values, checked_key
+from jaxem._core.checks import check_shape, check_values, checked_key, concrete, or_absent
 from jaxem._core.conversion import as_arrays
 from jaxem._core.numerics import float_dtype
 from jaxem._core.parameters import free, replace
 from jaxem._core.statistics import Framed
 from jaxem.emissions._base import AbstractEmission, Emission, sums_of, width
+from jaxem.emissions._family import settled
 from jaxem.emissions._location_scale import AbstractLocationScale
 from jaxem.factors._simplex import Simplex
 from jaxem.models import _starts
@@ -115,7 +117,14 @@ class Mixture(AbstractMixture, Generic[Emission]):
         observation that is known to lie outside the family's support.
         """
         data, sample_weight = as_arrays(data), as_arrays(sample_weight)
-        return cls._uniform(_starts.seed(key, data, num_components, family, sample_weight, method))
+        n = num_observations(data)
+        seeds = _starts.seeds(key, data, n, num_components, family, method)
+        return _starts.compiled(cls._around, family, seeds, key, data, sample_weight)
+
+    @classmethod
+    def _around(cls, seeds: Any, key: Array, data: Any, sample_weight: Any) -> tuple[Self, Array]:
+        components, possible = seeds(key, data, sample_weight)
+        return cls._uniform(components), possible
 
     @classmethod
     def from_responsibilities(
@@ -133,24 +142,38 @@ class Mixture(AbstractMixture, Generic[Emission]):
         **Raises:** `ValueError` if there is not one such row for each observation.
         """
         data, sample_weight = as_arrays(data), as_arrays(sample_weight)
-        responsibilities = jnp.asarray(responsibilities)
+        responsibilities = jnp.asarray(as_arrays(responsibilities))
         check_shape("responsibilities", responsibilities, (num_observations(data), "k"))
-        total = jnp.sum(responsibilities, axis=1)
-        counted = jnp.ones_like(total) if sample_weight is None else sample_weight
-        check_values(
-            (counted == 0) | ((jnp.abs(total - 1) < 1e-3) & jnp.all(responsibilities >= 0, axis=1)),
-            "responsibilities: each row holds probabilities that sum to 1, as those of "
-            "jax.nn.one_hot(labels, num_components).",
-        )
+        rows, counted = concrete(responsibilities), concrete(sample_weight)
+        if rows is not None and (sample_weight is None or counted is not None):
+            proper = (np.abs(rows.sum(axis=1) - 1) < 1e-3) & (rows >= 0).all(axis=1)
+            check_values(
+                proper if sample_weight is None else proper | (counted == 0),
+                "responsibilities: each row holds probabilities that sum to 1, as those of "
+                "jax.nn.one_hot(labels, num_components).",
+            )
+        given = settled(family, data), data, responsibilities, sample_weight
+        return _starts.compiled(cls._given, family, *given)
+
+    @classmethod
+    def _given(
+        cls, family: Any, data: Any, responsibilities: Any, sample_weight: Any
+    ) -> tuple[Self, Array]:
         k = responsibilities.shape[1]
         pooled = cls._uniform(_starts.pooled(data, k, family, sample_weight))
-        _starts.check_support(pooled.components, data, sample_weight)
+        possible = or_absent(pooled.components.in_support(data), sample_weight)
         if sample_weight is not None:
-            data = substitute(data, counted > 0)
-        responsibilities = (counted[:, None] * responsibilities).astype(float_dtype(pooled))
+            data = substitute(data, sample_weight > 0)
+            responsibilities = sample_weight[:, None] * responsibilities
+        responsibilities = responsibilities.astype(float_dtype(pooled))
+
+        def again(_: Any, model: Self) -> Self:
+            sums = sums_of(model.components, data, responsibilities)
+            return model.m_step(Framed((jnp.sum(responsibilities, axis=0), sums), model))
+
         # About the pooled mean and scale, the moments of tight clusters cancel: move the means
         # first, then the scales, then both about components that are in place.
-        moved = pooled._m_step_from(data, responsibilities)
+        moved = again(0, pooled)
         located = lambda part: isinstance(part, AbstractLocationScale)  # noqa: E731
         model = jax.tree.map(
             lambda new, old: replace(old, mean=new.mean) if located(new) else old,
@@ -158,15 +181,7 @@ class Mixture(AbstractMixture, Generic[Emission]):
             pooled,
             is_leaf=located,
         )
-        for _ in range(2):
-            model = model._m_step_from(data, responsibilities)
-        return model
-
-    @eqx.filter_jit  # so that an eager call compiles once
-    def _m_step_from(self, data: Any, responsibilities: Any) -> Self:
-        counts = jnp.sum(responsibilities, axis=0)
-        emitted = sums_of(self.components, data, responsibilities)
-        return self.m_step(Framed((counts, emitted), self))
+        return lax.fori_loop(0, 2, again, model), possible
 
     @classmethod
     def _uniform(cls, components: Any) -> Self:

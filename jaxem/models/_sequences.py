@@ -7,6 +7,7 @@ pulled back, as in a mixture. M-step: that of each factor.
 
 import abc
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Generic
 
@@ -80,7 +81,8 @@ class AbstractSequenceModel(AbstractComposite, Generic[Emission]):
         (leaf,) = jax.tree.leaves(self._initial)
         check_one_model(self, "an initial distribution", leaf)
         sequences = as_sequences(data)
-        self.emission.check(sequences.steps())
+        # by shapes alone: an eager call of `steps` would compile a program
+        jax.eval_shape(lambda given: self.emission.check(given.steps()), sequences)
         self.transition.check(sequences.inputs)
 
     def in_support(self, data: PyTree[Array]) -> Bool[Array, " b"]:
@@ -190,18 +192,45 @@ def check_num_steps(num_steps: int) -> None:
         raise ValueError(f"a sequence has 1 or more steps, got num_steps={num_steps}.")
 
 
-def seed_of_steps(
-    key: Array, data: PyTree[Array], num_states: int, family: Any, sample_weight: Any, method: str
-) -> tuple[Any, Float[Array, " k"]]:
-    """An emission with a state around each of some steps of the data, and uniform probabilities."""
-    sequences = as_sequences(as_arrays(data))
-    check_sample_weight(as_arrays(sample_weight), num_observations(sequences))
+def start_from_steps(
+    make: Callable[..., Any],
+    key: Array,
+    data: PyTree[Array],
+    num_states: Any,
+    family: Any,
+    sample_weight: Any,
+    method: str,
+    *args: Any,
+) -> Any:
+    """`make(emission, uniform, sequences, sample_weight, *args)`, by one compiled program.
+
+    The emission has a state around each of some steps of the data; `uniform` (k,) are equal
+    probabilities.
+    """
+    sequences, sample_weight = as_sequences(as_arrays(data)), as_arrays(sample_weight)
+    check_sample_weight(sample_weight, num_observations(sequences))
+    num_steps = math.prod(jax.tree.leaves(sequences.values)[0].shape[:2])
+    seeds = _starts.seeds(key, sequences.values, num_steps, num_states, family, method)
+    given = seeds, make, key, sequences, sample_weight, args
+    return _starts.compiled(_around_steps, family, *given)
+
+
+def _around_steps(
+    seeds: _starts.Seeds,
+    make: Callable[..., Any],
+    key: Array,
+    sequences: Sequences,
+    sample_weight: Any,
+    args: tuple[Any, ...],
+) -> tuple[Any, Array]:
     present = sequences.present
-    counted = present if sample_weight is None else present * jnp.asarray(sample_weight)[:, None]
+    counted = present if sample_weight is None else present * sample_weight[:, None]
     plain = sample_weight is None and sequences.lengths is None and sequences.observed is None
     mass = None if plain else counted.reshape(-1).astype(_starts.floating(sequences.values))
-    emission = _starts.seed(key, sequences.steps(), num_states, family, mass, method)
-    return emission, jnp.full(num_states, 1 / num_states, float_dtype(emission))
+    emission, possible = seeds(key, sequences.steps(), mass)
+    k = emission.num_components
+    uniform = jnp.full(k, 1 / k, float_dtype(emission))
+    return make(emission, uniform, sequences, sample_weight, *args), possible
 
 
 def _sums_of_block(

@@ -8,19 +8,108 @@ mixed data. All of it is pure JAX: it may be jitted, and vmapped over keys.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, PyTree
+from jax.core import Tracer
+from jax.tree_util import Partial
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxem._core.blocks import map_over_observations, num_observations, substitute
 from jaxem._core.checks import check_sample_weight, check_values, checked_key, is_integer, or_absent
 from jaxem._core.numerics import float_dtype
-from jaxem.emissions._base import AbstractEmission, AbstractStarting, build, log_prob
+from jaxem.emissions._base import AbstractStarting, build, log_prob
+from jaxem.emissions._family import settled
 from jaxem.emissions._mixture_emission import MixtureEmission
+
+
+class Seeds(eqx.Module):
+    """So many components of a family, each located at an observation.
+
+    What a call needs to know of the arguments is checked before: calls are compiled, together with
+    what is made of the components, by `compiled`.
+    """
+
+    family: Partial
+    num_components: int = eqx.field(static=True)
+    method: str = eqx.field(static=True)
+
+    def __call__(
+        self, key: Array, data: PyTree[Array], sample_weight: Float[Array, " n"] | None
+    ) -> tuple[Any, Bool[Array, " n"]]:
+        """Components with the scale of what is around, and which observations are possible."""
+        k = self.num_components
+        whole: Any = pooled(data, 1, self.family, sample_weight)
+        if not jax.tree.leaves(whole):
+            raise ValueError(
+                f"{type(whole).__name__} has no parameters that a start could find: it is a part "
+                "of Independent."
+            )
+        if not isinstance(whole, MixtureEmission):
+            components = _seed(key, data, whole, k, sample_weight, self.method)
+            return components, or_absent(components.in_support(data), sample_weight)
+        parts, n = whole.components, num_observations(data)
+        size = parts.num_components  # each part of a mixture starts around its own observation
+        if k * size > n:
+            raise ValueError(f"{k} × {size} parts cannot start from {n} observations.")
+        alone = jax.tree.map(lambda leaf: leaf[:1], parts)
+        located = _seed(key, data, alone, k * size, sample_weight, self.method, size)
+        shares = jnp.full((k, size), 1 / size, float_dtype(located))
+        possible = or_absent(located.in_support(data), sample_weight)
+        return MixtureEmission(shares, located), possible
+
+
+def seeds(
+    key: Array, data: PyTree[Array], n: int, num_components: Any, family: Any, method: Any
+) -> Seeds:
+    """The arguments of a start from n observations, checked."""
+    checked_key(key)
+    if not is_integer(num_components):
+        raise ValueError(f"the number of components must be an integer, got {num_components!r}.")
+    if not 1 <= num_components <= n:
+        raise ValueError(f"{num_components} components cannot start from {n} observations.")
+    if method not in ("k-means++", "random"):
+        raise ValueError(f'method must be "k-means++" or "random", got {method!r}.')
+    return Seeds(settled(family, data), int(num_components), method)
+
+
+def compiled(make: Callable[..., tuple[Any, Array]], family: Any, *args: Any) -> Any:
+    """The model that `make` returns beside which observations are possible, by one program.
+
+    **Raises:** `ValueError` if an observation that counts is known to be impossible.
+    """
+    model, possible = (_compiled_fast if _is_small(args) else _compiled)(make, args)
+    check_values(
+        possible,
+        "the data hold a NaN, an infinity or a value outside the support of "
+        f"{build(family)[0].__name__}; give such observations weight 0, or remove them.",
+    )
+    return model
+
+
+def _called(make: Callable[..., tuple[Any, Array]], args: Any) -> tuple[Any, Array]:
+    model, possible = make(*args)
+    return model, jnp.all(possible)
+
+
+# Without LLVM's optimisations a program compiles twice as fast. It runs up to ten times as long,
+# which is some milliseconds where data are small.
+_compiled = eqx.filter_jit(_called)
+_LITTLE: Any = {"compiler_options": {"xla_backend_optimization_level": 0}}
+_compiled_fast = eqx.filter_jit(_called, **_LITTLE)
+_SMALL = 2**13
+
+
+def _is_small(args: Any) -> bool:
+    """Whether a start is that of few numbers, on CPU, and not part of another program."""
+    leaves = [leaf for leaf in jax.tree.leaves(args) if eqx.is_array(leaf)]
+    inner = any(isinstance(leaf, Tracer) for leaf in leaves)
+    numbers = sum(leaf.size for leaf in leaves)
+    return jax.default_backend() == "cpu" and not inner and numbers <= _SMALL
 
 
 def pooled(
@@ -34,7 +123,7 @@ def pooled(
     check_sample_weight(sample_weight, n)
     cls, keywords = build(family)
     if sample_weight is None:
-        sample_weight = jnp.ones(n, floating(data))
+        sample_weight = _ones(n, floating(data))
     else:
         if not jnp.issubdtype(sample_weight.dtype, jnp.floating):
             sample_weight = sample_weight.astype(floating(data))
@@ -44,13 +133,9 @@ def pooled(
     return components
 
 
-def check_support(components: AbstractEmission, data: PyTree[Array], sample_weight: Any) -> None:
-    """Raises `ValueError` if an observation that counts is known to be impossible."""
-    check_values(
-        or_absent(components.in_support(data), sample_weight),
-        "the data hold a NaN, an infinity or a value outside the support of "
-        f"{type(components).__name__}; give such observations weight 0, or remove them.",
-    )
+def _ones(n: int, dtype: Any) -> Float[Array, " n"]:
+    """Equal weights, of which the compiler does not know that they are constant: it adds slowly."""
+    return lax.optimization_barrier(jnp.ones(n, dtype))
 
 
 def floating(data: PyTree[Array]) -> Any:
@@ -60,45 +145,6 @@ def floating(data: PyTree[Array]) -> Any:
     return jnp.result_type(*dtypes) if dtypes else jnp.result_type(float)
 
 
-def seed(
-    key: Array,
-    data: PyTree[Array],
-    num_components: int,
-    family: Any,
-    sample_weight: Float[Array, " n"] | None,
-    method: str,
-) -> Any:
-    """Components located at `num_components` observations, with the scale of what is around."""
-    n, key = num_observations(data), checked_key(key)
-    if not is_integer(num_components):
-        raise ValueError(f"the number of components must be an integer, got {num_components!r}.")
-    num_components = int(num_components)
-    if not 1 <= num_components <= n:
-        raise ValueError(f"{num_components} components cannot start from {n} observations.")
-    if method not in ("k-means++", "random"):
-        raise ValueError(f'method must be "k-means++" or "random", got {method!r}.')
-    whole: Any = pooled(data, 1, family, sample_weight)
-    if not jax.tree.leaves(whole):
-        raise ValueError(
-            f"{type(whole).__name__} has no parameters that a start could find: it is a part of "
-            "Independent."
-        )
-    if not isinstance(whole, MixtureEmission):
-        components = _seed(key, data, whole, num_components, sample_weight, method)
-        check_support(components, data, sample_weight)
-        return components
-    parts = whole.components
-    size = parts.num_components  # each part of a mixture starts around an observation of its own
-    if num_components * size > n:
-        raise ValueError(f"{num_components} × {size} parts cannot start from {n} observations.")
-    alone = jax.tree.map(lambda leaf: leaf[:1], parts)
-    located = _seed(key, data, alone, num_components * size, sample_weight, method, size)
-    check_support(located, data, sample_weight)
-    shares = jnp.full((num_components, size), 1 / size, float_dtype(located))
-    return MixtureEmission(shares, located)
-
-
-@eqx.filter_jit
 def _seed(
     key: Array,
     data: PyTree[Array],
@@ -112,14 +158,15 @@ def _seed(
     if sample_weight is not None:
         data = substitute(data, sample_weight > 0)
     dtype = float_dtype(whole)
-    mass = jnp.ones(n, dtype) if sample_weight is None else sample_weight.astype(dtype)
+    mass = _ones(n, dtype) if sample_weight is None else sample_weight.astype(dtype)
+    best = _saturated(whole, data)
     if method == "k-means++":
-        indices, closest = kmeans_plus_plus(key, whole, data, num_components, sample_weight)
+        indices, closest = _kmeans_plus_plus(key, whole, data, best, mass, num_components)
     else:
         gumbel = jax.random.gumbel(key, (n,)) + jnp.log(mass)
         indices = lax.top_k(gumbel, num_components)[1]
-        closest = jnp.min(deviance(whole, data, indices), axis=1)
-    around_all = saturated(whole, data) - map_over_observations(
+        closest = jnp.min(_deviance(whole, data, indices, best), axis=1)
+    around_all = best - map_over_observations(
         lambda x: log_prob(whole, x)[:, 0], data, width=_width(data)
     )
     # Variances shrink by what the seeds explain, as within-group variances do.
@@ -129,7 +176,8 @@ def _seed(
     spread = jnp.clip(spread, jnp.finfo(dtype).eps, 1)
     observations = _take(data, indices)
     if group_size > 1:
-        gaps = deviance(whole, observations, jnp.arange(num_components))
+        places = jnp.arange(num_components)
+        gaps = _deviance(whole, observations, places, _saturated(whole, observations))
         observations = _take(observations, _grouped(gaps, group_size))
     return whole.located_at(observations, spread)
 
@@ -149,12 +197,13 @@ def _grouped(gaps: Float[Array, "s s"], size: int) -> Int[Array, " s"]:
     return jnp.argsort(lax.fori_loop(num_groups, num_seeds, join, start)[0])
 
 
-def kmeans_plus_plus(
+def _kmeans_plus_plus(
     key: Array,
     whole: AbstractStarting,
     data: PyTree[Array],
+    best: Float[Array, " n"],
+    mass: Float[Array, " n"],
     num_seeds: int,
-    sample_weight: Float[Array, " n"] | None = None,
 ) -> tuple[Int[Array, " k"], Float[Array, " n"]]:
     """Indices of seeds, and each observation's deviance from the closest one.
 
@@ -165,31 +214,32 @@ def kmeans_plus_plus(
     Arthur & Vassilvitskii (2007), SODA; greedy as in scikit-learn. For other deviances than the
     squared distance, Nock, Luosto & Kivinen (2008), ECML.
     """
-    n = num_observations(data)
-    best = saturated(whole, data)
-    mass = jnp.ones(n, best.dtype) if sample_weight is None else sample_weight.astype(best.dtype)
     num_candidates = 2 + int(math.log(num_seeds))
 
-    def draw(draw_key: Array, chance: Array, count: int) -> Array:
-        chance = jnp.where(jnp.sum(chance) > 0, chance, mass)
-        ladder = jnp.cumsum(chance)
-        rungs = jax.random.uniform(draw_key, (count,), best.dtype) * ladder[-1]
-        return jnp.clip(jnp.searchsorted(ladder, rungs, side="right"), 0, n - 1)
+    def draw(key: Array) -> Float[Array, " candidates"]:
+        return jax.random.uniform(key, (num_candidates,), best.dtype)
 
-    def grow(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        indices, closest = carry
-        candidates = draw(jax.random.fold_in(key, j), mass * closest, num_candidates)
-        if_taken = jnp.minimum(closest[:, None], deviance(whole, data, candidates, best))
-        winner = jnp.argmin(jnp.matmul(mass, if_taken, precision=lax.Precision.HIGHEST))
-        return indices.at[j].set(candidates[winner]), if_taken[:, winner]
+    places = jnp.arange(num_seeds)
+    draws = jax.vmap(draw)(jax.vmap(lambda j: jax.random.fold_in(key, j))(places))
 
-    first = draw(jax.random.fold_in(key, 0), mass, 1)
-    indices = jnp.zeros(num_seeds, first.dtype).at[0].set(first[0])
-    closest = deviance(whole, data, first, best)[:, 0]
-    return lax.fori_loop(1, num_seeds, grow, (indices, closest))
+    def grow(closest: Float[Array, " n"], now: Any) -> tuple[Array, Array]:
+        j, drawn = now
+        # One loop for the first seed and the others: a program of half the size
+        chance = jnp.where(j == 0, mass, mass * closest)
+        ladder = jnp.cumsum(jnp.where(jnp.sum(chance) > 0, chance, mass))
+        rungs = drawn * ladder[-1]
+        reached = jnp.sum(ladder[:, None] <= rungs, axis=0)
+        candidates = jnp.minimum(reached, len(mass) - 1)
+        if_taken = jnp.minimum(closest[:, None], _deviance(whole, data, candidates, best))
+        total = jnp.matmul(mass, if_taken, precision=lax.Precision.HIGHEST)
+        winner = jnp.where(j == 0, 0, jnp.argmin(total))
+        return if_taken[:, winner], candidates[winner]
+
+    closest, indices = lax.scan(grow, jnp.full_like(mass, jnp.inf), (places, draws))
+    return indices, closest
 
 
-def saturated(whole: AbstractStarting, data: PyTree[Array]) -> Float[Array, " n"]:
+def _saturated(whole: AbstractStarting, data: PyTree[Array]) -> Float[Array, " n"]:
     """log p of each observation under a component located at itself."""
 
     def one(observation: PyTree[Array]) -> Array:
@@ -199,14 +249,16 @@ def saturated(whole: AbstractStarting, data: PyTree[Array]) -> Float[Array, " n"
     return map_over_observations(jax.vmap(one), data, width=2 * _width(data))
 
 
-def deviance(
+def _deviance(
     whole: AbstractStarting,
     data: PyTree[Array],
     indices: Int[Array, " k"],
-    best: Float[Array, " n"] | None = None,
+    best: Float[Array, " n"],
 ) -> Float[Array, "n k"]:
-    """Deviance of every observation from the observations at `indices`; not negative."""
-    best = saturated(whole, data) if best is None else best
+    """Deviance of every observation from the observations at `indices`; not negative.
+
+    `best` is log p of each observation under a component located at itself.
+    """
     located = whole.located_at(_take(data, indices), jnp.ones((), float_dtype(whole)))
     width = _width(data) * indices.shape[0]
     reached = map_over_observations(lambda x: log_prob(located, x), data, width=width)
