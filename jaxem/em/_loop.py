@@ -185,7 +185,8 @@ def _estimated_error(carry: Carry, change: Array, resolution: Array) -> Float[Ar
 def _movement(new: Framed, old: Framed) -> Float[Array, " 2"]:
     """How far statistics moved, and how far they move if each parameter moves by its own rounding.
 
-    In the frame of the old ones, and in that of the nudged model.
+    In the frame of the old ones, and in that of the nudged model. Counts are the same about any
+    model: what moves them is their own rounding.
     """
     eps = {leaf.dtype: jnp.finfo(leaf.dtype).eps for leaf in jax.tree.leaves(new.frame)}
     nudged = jax.tree.map(lambda leaf: leaf * (1 + eps[leaf.dtype]), new.frame)
@@ -194,7 +195,11 @@ def _movement(new: Framed, old: Framed) -> Float[Array, " 2"]:
     )
     moved = jax.vmap(lambda frame: new.at(frame).sums)(frames)  # so that reframing compiles once
     gaps = jax.tree.map(lambda a, b: jnp.abs(a - b).reshape(2, -1), moved, aims)
-    return jnp.max(jnp.concatenate(jax.tree.leaves(gaps), axis=1), axis=1)
+    moved = jnp.max(jnp.concatenate(jax.tree.leaves(gaps), axis=1), axis=1)
+    sizes = [
+        jnp.finfo(leaf.dtype).eps * jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(new.sums)
+    ]
+    return moved.at[1].max(jnp.max(jnp.stack(sizes)))
 
 
 def _valid_weight(sample_weight: Float[Array, " n"] | None) -> Bool[Array, ""]:
