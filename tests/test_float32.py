@@ -119,7 +119,7 @@ def test_far_clusters_from_a_start_that_must_travel(family):
 
 
 RATES = {
-    "poisson": [1e-6, 1e-3, 1.0, 1e3, 1e6],
+    "poisson": [1e-6, 1e-3, 1.0, 1e3, 1e6, 1e8],
     "exponential": [1e-20, 1e-6, 1.0, 1e6, 1e20],
 }
 
@@ -152,6 +152,23 @@ def test_exponential(rate):
         single.model.components.rate, double.model.components.rate, rtol=1e-3
     )
     _same_log_prob(start.components, jnp.asarray(x))
+
+
+@pytest.mark.parametrize("total", [1e3, 1e5, 1e6])
+def test_multinomial_totals(total):
+    """Components a standard deviation apart: what they differ by is no rounding."""
+    rng = np.random.default_rng(4)
+    shift = 1 / np.sqrt(total)
+    p = np.array([[0.5, 0.3, 0.2], [0.5 + shift, 0.3, 0.2 - shift]])
+    x = jnp.asarray(rng.multinomial(int(total), p[np.repeat([0, 1], 200)]), float)
+    start = cast(Mixture(jnp.full(2, 0.5), jaxem.emissions.Multinomial(p)), jnp.float32)
+    single, double = (
+        jaxem.fit(cast(start, dtype), cast(x, dtype), max_steps=200)
+        for dtype in (jnp.float32, jnp.float64)
+    )
+    assert {single.status, double.status} <= {"converged", "max_steps_reached"}
+    assert abs(float(single.objective) - float(double.objective)) / len(x) < 1e-4
+    _same_log_prob(start.components, x)
 
 
 @pytest.mark.parametrize("p", [1e-6, 0.5, 1 - 1e-6])

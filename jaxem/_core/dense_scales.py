@@ -104,14 +104,14 @@ class AbstractDense(AbstractScale):
         if self.shared:
             linear = la.matmul(offset, whitener[0])
             square = la.matmul(whitener[0], centred) ** 2
-            square = -0.5 * la.matmul(jnp.ones_like(offset[:1]), square)
+            square = la.matmul(jnp.full_like(offset[:1], -0.5), square)
         else:
             common = self._common_factor()
             centred = la.matmul(la.inverse_of_lower(common), centred)
             whitener = la.matmul(whitener, common)
             linear = la.matmul(offset[:, None, :], whitener)[:, 0]
             quadratic = packed(la.matmul(la.transpose(whitener), whitener))
-            square = -0.5 * la.matmul(quadratic, products(centred))
+            square = la.matmul(-0.5 * quadratic, products(centred))
         return (la.repeat(constant, x.shape[0]) + la.matmul(linear, centred) + square).T
 
     def _common_factor(self) -> Float[Array, "d d"]:

@@ -116,9 +116,12 @@ def float_dtype(module: Any) -> Any:
     return jnp.result_type(*(leaf.dtype for leaf in jax.tree.leaves(module)))
 
 
-def half_deviance(x: Array, log_rate: Array) -> Array:
-    """x log(x/λ) − (x − λ), to full relative precision where x is near λ; ∞ where x < 0."""
-    rate = jnp.exp(log_rate)
+def half_deviance(x: Array, log_rate: Array, rate: Array | None = None) -> Array:
+    """x log(x/λ) − (x − λ), to full relative precision where x is near λ; ∞ where x < 0.
+
+    λ is known better than by its logarithm where it is given.
+    """
+    rate = jnp.exp(log_rate) if rate is None else rate
     positive = ~(x <= 0)  # a NaN stays one
     safe = jnp.where(positive, x, 1)
     excess = (rate - safe) / safe

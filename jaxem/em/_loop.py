@@ -200,7 +200,8 @@ def _movement(new: Framed, old: Framed, total: Any) -> Float[Array, " 3"]:
     """How far statistics moved, and how far they do where parameters are off by rounding.
 
     In the frame of the old ones; of a model each of whose parameters moved by its own rounding; and
-    of one where each moved by that of the largest beside it.
+    of one where each moved by that of the largest beside it. Counts are the same about any model:
+    what moves them is their own rounding.
     """
     eps = {leaf.dtype: jnp.finfo(leaf.dtype).eps for leaf in jax.tree.leaves(new.frame)}
     nudged = jax.tree.map(lambda leaf: leaf * (1 + eps[leaf.dtype]), new.frame)
@@ -211,7 +212,11 @@ def _movement(new: Framed, old: Framed, total: Any) -> Float[Array, " 3"]:
         (jittered(new.frame), new.sums),
     )
     moved = jax.vmap(lambda frame: new.at(frame).sums)(frames)  # so that reframing compiles once
-    return jax.vmap(gap, (0, 0, None))(moved, aims, total)
+    gaps = jax.vmap(gap, (0, 0, None))(moved, aims, total)
+    sizes = [
+        jnp.finfo(leaf.dtype).eps * jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(new.sums)
+    ]
+    return gaps.at[1].max(jnp.max(jnp.stack(sizes)))
 
 
 def _distance(statistics: Framed, total: Any) -> Float[Array, ""]:

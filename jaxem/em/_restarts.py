@@ -147,8 +147,12 @@ class _Lanes(eqx.Module):
         # on CPU a loop inside one program would be slower: XLA runs what is nested on other threads
         arrays, rest = eqx.partition(self, eqx.is_array)
         leaves, kind = jax.tree.flatten(rest)
-        lanes = [_one(kind, tuple(leaves), arrays, index) for index in np.arange(num_lanes)]
-        return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *lanes)
+        given = kind, tuple(leaves), arrays
+        shapes = _one.eval_shape(*given, np.int64(0))
+        found = jax.tree.map(lambda own: jnp.zeros((num_lanes, *own.shape), own.dtype), shapes)
+        for index in np.arange(num_lanes):
+            found = _put(found, _one(*given, index), index)
+        return found
 
     def fit(self, index: Any) -> Solution:
         key = None if self.key is None else jax.random.fold_in(self.key, index)
@@ -171,6 +175,11 @@ def _in_batches(lanes: _Lanes, num_lanes: int, batch: int) -> Solution:
 @functools.partial(jax.jit, static_argnums=(0, 1))  # called often: `filter_jit` takes longer
 def _one(kind: Any, leaves: tuple[Any, ...], arrays: Any, index: Any) -> Solution:
     return eqx.combine(arrays, jax.tree.unflatten(kind, leaves)).fit(index)
+
+
+@functools.partial(jax.jit, donate_argnums=0)  # lanes that still run are not waited for
+def _put(found: Solution, lane: Solution, index: Any) -> Solution:
+    return jax.tree.map(lambda all_, own: all_.at[index].set(own), found, lane)
 
 
 def _side_by_side(lanes: int, numbers: int, serial_steps: int) -> int:

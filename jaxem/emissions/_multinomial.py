@@ -4,26 +4,33 @@ E-step, with N = Σ x and the saturated proportions x/N:
 
     log p = Σ x log(p N/x) + [s(N) − Σ s(x)],    s(x) = log x! − x log x + x.
 
-Written so, and with log p less its mean over components in the matrix product, nothing large
-cancels. Statistics are Σr and the expected counts. M-step: p ← counts / Σ counts. Two
-categories: the binomial.
+Of small counts the first sum is a matrix product, with log p less its mean over components. Its
+rounding grows with N; of large counts it is a sum of deviances, where nothing large cancels.
+Statistics are Σr and the expected counts. M-step: p ← counts / Σ counts. Two categories: the
+binomial.
 """
 
 from typing import ClassVar, NamedTuple
 
 import equinox as eqx
+import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int, Num
 from numpy.typing import ArrayLike
 
 from jaxem._core import linalg as la
 from jaxem._core.constraints import leaves_of, simplex
-from jaxem._core.numerics import factorial_remainder
+from jaxem._core.numerics import factorial_remainder, half_deviance
 from jaxem._core.parameters import Frozen
+from jaxem._core.quadratic import linear_tilt
 from jaxem._core.supports import counts
 from jaxem.emissions._family import AbstractExponentialFamily
 from jaxem.factors._simplex import log_shares
+
+# Totals below which rounding of the matrix product is no more than that of the rest
+_SMALL = 2**10
 
 
 class TallyTotals(NamedTuple):
@@ -60,15 +67,31 @@ class Multinomial(AbstractExponentialFamily):
         return jax.nn.softmax(self.logits, axis=-1)
 
     def log_prob(self, x: Num[Array, "n m"], tilt: TallyTotals) -> Float[Array, "n k"]:
-        x = x.astype(self.logits.dtype)
-        total = jnp.sum(x, axis=1, keepdims=True)
+        x = x.astype(self.logits.dtype).T
+        total = jnp.sum(x, axis=0)
+        small = eqxi.unvmap_all(jnp.max(total) < _SMALL)  # all lanes of a vmap take one branch
+        own = lax.cond(
+            small, lambda: self._by_products(x, total), lambda: self._by_deviances(x, total)
+        )
+        common = factorial_remainder(total) - jnp.sum(factorial_remainder(x), axis=0)
+        count = linear_tilt(tilt.observations[:, None], jnp.ones_like(x[:1]))
+        return (own + common + count + linear_tilt(tilt.counts, x)).T
+
+    def _by_products(self, x: Float[Array, "m n"], total: Float[Array, " n"]) -> Array:
+        """Σ x log(p N/x)."""
         log_probability = jax.nn.log_softmax(self.logits, axis=-1)
         anchor = jnp.mean(log_probability, axis=0)
-        saturated = jnp.log(jnp.where(x > 0, x / jnp.where(total > 0, total, 1), 1))
-        common = jnp.sum(jnp.where(x > 0, x * (anchor - saturated), 0), axis=1)
-        common = common + factorial_remainder(total[:, 0]) - jnp.sum(factorial_remainder(x), axis=1)
-        own = la.matmul(log_probability - anchor + tilt.counts, x.T)
-        return (own + la.repeat(tilt.observations, len(x)) + common).T
+        share = x / jnp.where(total > 0, total, 1)
+        saturated = jnp.log(jnp.where(x > 0, share, 1))
+        common = jnp.sum(jnp.where(x > 0, x * (anchor[:, None] - saturated), 0), axis=0)
+        return la.matmul(log_probability - anchor, x) + common
+
+    def _by_deviances(self, x: Float[Array, "m n"], total: Float[Array, " n"]) -> Array:
+        """The same, since Σ (p N − x) = 0."""
+        log_probability = jax.nn.log_softmax(self.logits, axis=-1)[:, :, None]
+        log_rate = log_probability + jnp.log(jnp.where(total > 0, total, 1))
+        deviance = half_deviance(x, log_rate, jnp.exp(log_probability) * total)
+        return -jnp.sum(deviance, axis=1)
 
     def canonical(self):
         return TallyTotals(

@@ -4,7 +4,7 @@ E-step. With the deviance form of the density,
 
     log p = Σ_d [x log(λ/x) − (λ − x)] − s(x),    s(x) = log x! − x log x + x,
 
-nothing large cancels: rates from 1e-6 to 1e6 keep their digits in float32. M-step:
+nothing large cancels: rates from 1e-6 to 1e8 keep their digits in float32. M-step:
 λ ← Σr x / Σr.
 """
 
