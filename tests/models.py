@@ -77,6 +77,14 @@ DURATIONS = _rng.exponential(1 + 3 * _side[:, None], (N, 2))
 BEARINGS = np.column_stack([POINTS - 1, POINTS[:, 0] ** 2])
 BEARINGS = BEARINGS / np.linalg.norm(BEARINGS, axis=1, keepdims=True)
 
+_one = np.random.default_rng(8).normal(size=(N, 1))
+LOADED = np.where(
+    _side[:, None] == 1, _one * [0.5, 1.0, 0.4] + [2.0, 1.0, 0.0], -_one * [1.0, 0.5, -0.3]
+)
+LOADED = LOADED + np.random.default_rng(10).normal(size=(N, 3)) * [0.6, 0.7, 0.8]
+LOADED_MEAN = np.array([[0.2, 0.1, 0.0], [1.7, 0.8, 0.2]])
+LOADED_NOISE = np.array([[0.5, 0.6, 0.7], [0.4, 0.5, 0.8]])
+
 MEAN = np.array([[0.3, -0.2], [1.9, 2.4]])
 FULL = np.array([[[1.0, 0.2], [0.2, 0.8]], [[1.5, -0.3], [-0.3, 0.9]]])
 SHARES = np.array([[[0.5, 0.3, 0.2], [0.2, 0.2, 0.6]], [[0.3, 0.4, 0.3], [0.5, 0.2, 0.3]]])
@@ -401,6 +409,24 @@ CASES: dict[str, Entry] = {
             ),
             (POINTS, np.where(np.arange(N) < 12, _side, -1)[:, None]),
             lambda c: c.prior(),
+        ),
+    ),
+    "factor-analysis": _entry(
+        "mixture mechanism",
+        lambda: _case(
+            jaxem.emissions.FactorAnalysis(
+                LOADED_MEAN, np.array([[[0.8], [0.5], [-0.3]], [[0.2], [0.9], [0.4]]]), LOADED_NOISE
+            ),
+            LOADED,
+            lambda c: c.prior({"loadings": 1.5, "noise_variance": 4.0}, noise_variance=0.7),
+        ),
+    ),
+    "ppca-tied": _entry(
+        "mixture",
+        lambda: _case(
+            jaxem.emissions.PPCA(LOADED_MEAN, np.array([[[0.8], [0.5], [-0.3]]] * 2), 0.6),
+            LOADED,
+            lambda c: c.prior({"loadings": 1.5, "noise_variance": 4.0}, noise_variance=0.7),
         ),
     ),
     "parsimonious-EVV": _entry("mixture", lambda: _parsimonious("EVV")),
