@@ -24,7 +24,8 @@ REGRESSIONS = _read("gold_regression")
 ROBUST = _read("gold_robust")
 CHAINS = _read("gold_hmm")
 FACTORS = _read("gold_factors")
-ALL = CASES | REGRESSIONS | ROBUST | CHAINS | FACTORS
+STATES = _read("gold_state_space")
+ALL = CASES | REGRESSIONS | ROBUST | CHAINS | FACTORS | STATES
 
 
 @functools.cache

@@ -243,6 +243,24 @@ def _log_joint():
     return Case(model, jnp.asarray(COUNTS, float), None, nameless)
 
 
+def _state_space():
+    model = jaxem.LinearGaussianSSM(
+        jaxem.emissions.Gaussian([[0.5, -1.0]], [[[1.0, 0.2], [0.2, 0.8]]]),
+        jaxem.emissions.LinearRegression(
+            [[[0.8, 0.3], [-0.2, 0.7]]], [[0.1, 0.2]], [[[0.5, 0.1], [0.1, 0.3]]]
+        ),
+        jaxem.emissions.LinearRegression(
+            [[[1.0, 0.4], [-0.6, 0.8], [0.3, -0.5]]],
+            [[0.2, -0.1, 0.4]],
+            [[[0.6, 0.2, 0.0], [0.2, 0.5, 0.1], [0.0, 0.1, 0.7]]],
+        ),
+    )
+    rng = np.random.default_rng(11)
+    values = rng.normal(size=(14, 9, 3)) + np.cumsum(rng.normal(size=(14, 9, 1)), axis=1)
+    values[rng.random(values.shape) < 0.1] = np.nan
+    return Case(model, jax.tree.map(jnp.asarray, _ragged(values)))
+
+
 CASES: dict[str, Entry] = {
     "gaussian": _entry(
         "mixture closed expanded mechanism",
@@ -432,6 +450,7 @@ CASES: dict[str, Entry] = {
     "parsimonious-EVV": _entry("mixture", lambda: _parsimonious("EVV")),
     "parsimonious-VEE": _entry("mixture", lambda: _parsimonious("VEE")),
     "parsimonious-VEV": _entry("mixture", lambda: _parsimonious("VEV", "free leaves")),
+    "state-space": _entry("mechanism", _state_space),
     "experts": _entry(
         "mechanism",
         lambda: Case(
