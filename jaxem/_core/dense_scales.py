@@ -224,10 +224,7 @@ class AbstractDense(AbstractScale):
 
 
 class FullScale(AbstractDense):
-    """Any covariances, by Cholesky factors: one for each component, or one for all.
-
-    Without a part `below` the diagonal they are diagonal.
-    """
+    """Covariances by Cholesky factors, own or shared; diagonal without a part `below`."""
 
     log_scale: Float[Array, "c d"]
     below: Float[Array, "c d d"] | None

@@ -15,22 +15,32 @@ Holmes (2013), arXiv:1302.3919 (MARSS).
 
 from typing import Any, ClassVar, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxem._core import linalg as la
-from jaxem._core.blocks import map_over_observations, num_observations, sum_over_observations
+from jaxem._core.blocks import map_over_observations, sum_over_observations
 from jaxem._core.checks import checked_key, name_of
 from jaxem._core.conversion import as_arrays
 from jaxem._core.numerics import float_dtype
-from jaxem._core.scales import HALF_LOG_2PI, Moments
+from jaxem._core.scales import Moments
 from jaxem._core.sequences import Sequences, as_sequences
 from jaxem._core.statistics import Framed
 from jaxem.emissions._gaussian import Gaussian
-from jaxem.emissions._linear_regression import JointMoments, LinearRegression
+from jaxem.emissions._linear_regression import LinearRegression
 from jaxem.latents import Exact, kalman
 from jaxem.models._composite import AbstractSeparable
+from jaxem.models._state_space_steps import (
+    Residuals,
+    finite_values,
+    joint_moments,
+    parts_of,
+    residuals_of,
+    seen_entries,
+    unobserved_outside,
+)
 
 
 class States(NamedTuple):
@@ -45,16 +55,6 @@ class Forecast(NamedTuple):
 
     mean: Float[Array, "b t p"]
     covariance: Float[Array, "b t p p"]
-
-
-class _Residuals(NamedTuple):
-    """How complete-data residuals follow from what was seen of a step, whitened by all of R."""
-
-    outputs: kalman.Outputs
-    turn: Float[Array, "b t p p"]  # of seen residuals, 0 in columns of what was not
-    unseen: Float[Array, "b t p p"]  # the variance of what was not seen, given the rest
-    seen: Float[Array, "b t p"]  # seen outputs less those of z = 0
-    log_norm: Float[Array, "b t"]
 
 
 class LinearGaussianSSM(AbstractSeparable):
@@ -123,7 +123,7 @@ class LinearGaussianSSM(AbstractSeparable):
     def check(self, data: PyTree[Array]) -> None:
         sequences = as_sequences(data)
         n, dtype = self.num_states, float_dtype(self)
-        controls, y = _parts(sequences)
+        controls, y = parts_of(sequences)
         for name, given, factor in (
             ("inputs", sequences.inputs, self.dynamics),
             ("inputs beside the outputs", controls, self.emission),
@@ -150,7 +150,7 @@ class LinearGaussianSSM(AbstractSeparable):
     def in_support(self, data: PyTree[Array]) -> Bool[Array, " b"]:
         """Whether outputs are finite or NaN, and inputs finite, within each sequence."""
         sequences = as_sequences(data)
-        controls, y = _parts(sequences)
+        controls, y = parts_of(sequences)
         fine = jnp.all(~jnp.isinf(y), axis=2) | ~sequences.present
         if controls is not None:
             fine &= jnp.all(jnp.isfinite(controls), axis=2) | ~sequences.present
@@ -165,7 +165,7 @@ class LinearGaussianSSM(AbstractSeparable):
     def num_observed(self, data: PyTree[Array]) -> Array:
         """How many steps of each sequence were observed, in some entry."""
         sequences = as_sequences(as_arrays(data))
-        return jnp.sum(jnp.any(_seen(sequences), axis=2), axis=1)
+        return jnp.sum(jnp.any(seen_entries(sequences), axis=2), axis=1)
 
     def serial_steps(self, data: PyTree[Array]) -> int:
         return as_sequences(data).within.shape[1]
@@ -176,20 +176,18 @@ class LinearGaussianSSM(AbstractSeparable):
 
     def one_step_log_prob(self, data: PyTree[Array]) -> Float[Array, "b t"]:
         """log p(yₜ | y₁ … yₜ₋₁) of each step; 0 where nothing was observed."""
-        return self._answer(data, lambda found, residuals: found.log_increments + residuals)
+        return _answers(self, self._checked(data))[0]
 
     def states(self, data: PyTree[Array]) -> States:
         """Means and covariances of the states given all the data (the Kalman smoother)."""
-        return self._answer(data, lambda found, _: States(found.mean, found.covariance))
+        return _answers(self, self._checked(data))[1]
 
     def forecast(self, data: PyTree[Array], num_steps: int) -> Forecast:
         """The outputs of the `num_steps` steps behind the end of each sequence.
 
         **Raises:** `ValueError` for a model with inputs, whose future is not known.
         """
-        sequences = as_sequences(as_arrays(data))
-        self.check(sequences)
-        n = self.num_states
+        sequences, n = self._checked(data), self.num_states
         if {f.coefficients.shape[2] for f in (self.dynamics, self.emission)} != {n}:
             raise ValueError(
                 "forecast does not know the inputs to come: append unobserved steps with their "
@@ -204,8 +202,8 @@ class LinearGaussianSSM(AbstractSeparable):
         places = lengths[:, None] + jnp.arange(num_steps)
         mean = jnp.take_along_axis(mean, places[:, :, None], axis=1)
         covariance = jnp.take_along_axis(covariance, places[:, :, None, None], axis=1)
-        c, noise = self.emission.coefficients[0], jnp.atleast_3d(self._output_covariance())
-        spread = la.matmul(la.matmul(c, covariance), c.T) + noise
+        c, factor = self.emission.coefficients[0], self.emission.structure.factor()[0]
+        spread = la.matmul(la.matmul(c, covariance), c.T) + la.matmul(factor, factor.T)
         return Forecast(la.apply(c, mean) + self.emission.intercept[0], spread)
 
     def sample(
@@ -255,7 +253,7 @@ class LinearGaussianSSM(AbstractSeparable):
     def _sums_of_block(self, sequences: Sequences, w: Any, _: Any) -> Any:
         if w is not None:
             # one of weight 0 counts where it is possible: its weight has a derivative
-            sequences = _without(sequences, (w != 0) | self.in_support(sequences))
+            sequences = unobserved_outside(sequences, (w != 0) | self.in_support(sequences))
         b, t = sequences.within.shape
         weight = jnp.ones(b, float_dtype(self)) if w is None else w.astype(float_dtype(self))
         found, residuals = self._smoothed(sequences)
@@ -268,7 +266,7 @@ class LinearGaussianSSM(AbstractSeparable):
         initial = Moments(start, start, (weight @ noise)[None], second[None])
 
         steps = jnp.where(sequences.within, weight[:, None], 0)
-        moved = _joint(
+        moved = joint_moments(
             self.dynamics,
             steps[:, 1:],
             (found.mean[:, :-1], None if (u := sequences.driving()) is None else u[:, 1:]),
@@ -283,11 +281,11 @@ class LinearGaussianSSM(AbstractSeparable):
         mean = la.apply(residuals.turn, residuals.seen - la.apply(c, found.mean))
         cross = -la.matmul(rows, found.covariance)
         spread = residuals.unseen - la.matmul(cross, la.transpose(rows))
-        counted = jnp.any(_seen(sequences), axis=2)
-        read = _joint(
+        counted = jnp.any(seen_entries(sequences), axis=2)
+        read = joint_moments(
             self.emission,
             jnp.where(counted, steps, 0),
-            (found.mean, _finite(_parts(sequences)[0])),
+            (found.mean, finite_values(parts_of(sequences)[0])),
             found.covariance,
             mean,
             cross,
@@ -295,21 +293,14 @@ class LinearGaussianSSM(AbstractSeparable):
         )
         return (initial, moved, read), value
 
-    def _answer(self, data: PyTree[Array], answer: Any) -> Any:
+    def _checked(self, data: PyTree[Array]) -> Sequences:
         data = as_arrays(data)
         self.check(data)
-        sequences = as_sequences(data)
-        num_observations(sequences)
+        return as_sequences(data)
 
-        def block(sequences: Sequences) -> Any:
-            found, residuals = self._smoothed(sequences)
-            return answer(found, residuals.log_norm)
-
-        return map_over_observations(jax.jit(block), sequences, width=self.width(sequences))
-
-    def _smoothed(self, sequences: Sequences) -> tuple[kalman.Smoothed, _Residuals]:
+    def _smoothed(self, sequences: Sequences) -> tuple[kalman.Smoothed, Residuals]:
         n = self.num_states
-        residuals = self._residuals(sequences)
+        residuals = residuals_of(self.emission, n, sequences)
         matrix, intercept = self.dynamics.coefficients[0], self.dynamics.intercept[0]
         drift = jnp.broadcast_to(intercept, (*sequences.within.shape, n))
         inputs = sequences.driving()
@@ -326,85 +317,14 @@ class LinearGaussianSSM(AbstractSeparable):
         found = jax.vmap(kalman.smoothed, in_axes=(axes, 0))(dynamics, residuals.outputs)
         return found, residuals
 
-    def _output_covariance(self) -> Float[Array, "p p"]:
-        factor = self.emission.structure.factor()[0]
-        return la.matmul(factor, factor.T)
 
-    def _residuals(self, sequences: Sequences) -> _Residuals:
-        n, factor = self.num_states, self.emission.structure.factor()[0]
-        controls, y = _parts(sequences)
-        seen = _seen(sequences)
-        share = seen.astype(y.dtype)
-        level = self.emission.intercept[0]
-        if controls is not None:
-            level = level + la.apply(self.emission.coefficients[0, :, n:], _finite(controls))
-        values = jnp.where(seen, y - level, 0)
-        # R of what was seen, and 1 in place of the variance of what was not
-        eye = jnp.eye(len(factor), dtype=y.dtype)
-        both = share[..., :, None] * share[..., None, :]
-        covariance = both * la.matmul(factor, factor.T) + (1 - share)[..., None] * eye
-        root = la.cholesky(covariance)
-        whitener = la.inverse_of_lower(root) * share[..., None, :]
-        rows = la.matmul(whitener, self.emission.coefficients[0, :, :n])
-        turn = la.matmul(factor.T, la.matmul(la.transpose(whitener), whitener))
-        log_scale = jnp.log(jnp.diagonal(root, axis1=-2, axis2=-1))
-        log_norm = -jnp.sum(jnp.where(seen, log_scale + HALF_LOG_2PI, 0), axis=-1)
-        outputs = kalman.Outputs(rows, la.apply(whitener, values))
-        return _Residuals(outputs, turn, eye - la.matmul(turn, factor), values, log_norm)
+@eqx.filter_jit  # an eager call compiles once
+def _answers(model: LinearGaussianSSM, sequences: Sequences) -> tuple[Float[Array, "b t"], States]:
+    """log p(yₜ | y₁ … yₜ₋₁) of each step, and the states."""
 
+    def block(sequences: Sequences) -> Any:
+        found, residuals = model._smoothed(sequences)
+        increments = found.log_increments + residuals.log_norm
+        return increments, States(found.mean, found.covariance)
 
-def _joint(
-    factor: LinearRegression,
-    weight: Float[Array, "b t"],
-    inputs: tuple[Float[Array, "b t n"], Float[Array, "b t q"] | None],
-    covariance: Float[Array, "b t n n"],
-    residual: Float[Array, "b t d"],
-    cross: Float[Array, "b t d n"],
-    spread: Float[Array, "b t d d"],
-) -> JointMoments:
-    """Sums of a regression whose first inputs, and residuals, are known by moments."""
-    state, known = inputs
-    n, d = state.shape[-1], residual.shape[-1]
-    given = state if known is None else jnp.concatenate([state, known], axis=-1)
-    p = given.shape[-1]
-    v = factor.inputs.standardized(given.reshape(-1, p))[0]  # (1 + p, b t)
-    t = jnp.concatenate([v, residual.reshape(-1, d).T])
-    flat = weight.reshape(-1)
-    joint = la.matmul(t * flat, t.T)
-    unit = jnp.exp(factor.inputs.log_scale[0, :n])
-    moved = jnp.tensordot(weight, covariance, 2) / (unit[:, None] * unit)
-    side = jnp.tensordot(weight, cross, 2) / unit
-    own = jnp.tensordot(weight, spread, 2)
-    states, residuals = slice(1, 1 + n), slice(1 + p, 1 + p + d)
-    joint = joint.at[states, states].add(moved).at[residuals, residuals].add(own)
-    joint = joint.at[residuals, states].add(side).at[states, residuals].add(side.T)
-    return JointMoments(jnp.sum(flat)[None], joint[None])
-
-
-def _parts(sequences: Sequences) -> tuple[Array | None, Array]:
-    """Inputs beside the outputs, or None, and the outputs."""
-    if isinstance(sequences.values, tuple):
-        if len(sequences.values) != 2:
-            raise ValueError(
-                f"LinearGaussianSSM expects outputs, or a tuple (inputs, outputs), got "
-                f"{len(sequences.values)} arrays."
-            )
-        return sequences.values
-    return None, sequences.values
-
-
-def _seen(sequences: Sequences) -> Bool[Array, "b t p"]:
-    return sequences.present[:, :, None] & ~jnp.isnan(_parts(sequences)[1])
-
-
-def _finite(values: Any) -> Any:
-    return None if values is None else jnp.where(jnp.isfinite(values), values, 0)
-
-
-def _without(sequences: Sequences, keep: Bool[Array, " b"]) -> Sequences:
-    """The sequences, of which those outside `keep` were not observed."""
-    observed = sequences.present & keep[:, None]
-    inputs = sequences.inputs
-    if inputs is not None:
-        inputs = jnp.where(keep[:, None, None], inputs, 0)
-    return Sequences(sequences.values, sequences.lengths, observed=observed, inputs=inputs)
+    return map_over_observations(block, sequences, width=model.width(sequences))
