@@ -13,6 +13,7 @@ Shumway & Stoffer (1982), J. Time Ser. Anal. 3; Ghahramani & Hinton (1996), CRG-
 Holmes (2013), arXiv:1302.3919 (MARSS).
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
@@ -176,11 +177,11 @@ class LinearGaussianSSM(AbstractSeparable):
 
     def one_step_log_prob(self, data: PyTree[Array]) -> Float[Array, "b t"]:
         """log p(yₜ | y₁ … yₜ₋₁) of each step; 0 where nothing was observed."""
-        return _answers(self, self._checked(data))[0]
+        return _answers(self, self._checked(data), kalman.filtered)
 
     def states(self, data: PyTree[Array]) -> States:
         """Means and covariances of the states given all the data (the Kalman smoother)."""
-        return _answers(self, self._checked(data))[1]
+        return _answers(self, self._checked(data), kalman.smoothed)
 
     def forecast(self, data: PyTree[Array], num_steps: int) -> Forecast:
         """The outputs of the `num_steps` steps behind the end of each sequence.
@@ -256,7 +257,7 @@ class LinearGaussianSSM(AbstractSeparable):
             sequences = unobserved_outside(sequences, (w != 0) | self.in_support(sequences))
         b, t = sequences.within.shape
         weight = jnp.ones(b, float_dtype(self)) if w is None else w.astype(float_dtype(self))
-        found, residuals = self._smoothed(sequences)
+        found, residuals = self.inferred(sequences, kalman.smoothed)
         value = jnp.sum(weight @ (found.log_increments + residuals.log_norm))
 
         start = jnp.sum(weight)[None]
@@ -298,7 +299,10 @@ class LinearGaussianSSM(AbstractSeparable):
         self.check(data)
         return as_sequences(data)
 
-    def _smoothed(self, sequences: Sequences) -> tuple[kalman.Smoothed, Residuals]:
+    def inferred(
+        self, sequences: Sequences, run: Callable[[kalman.Dynamics, kalman.Outputs], Any]
+    ) -> tuple[Any, Residuals]:
+        """What `kalman.filtered` or `kalman.smoothed` finds of each sequence."""
         n = self.num_states
         residuals = residuals_of(self.emission, n, sequences)
         matrix, intercept = self.dynamics.coefficients[0], self.dynamics.intercept[0]
@@ -314,17 +318,18 @@ class LinearGaussianSSM(AbstractSeparable):
             self.dynamics.structure.factor()[0],
         )
         axes = kalman.Dynamics(None, None, None, 0, None)  # pyright: ignore[reportArgumentType]
-        found = jax.vmap(kalman.smoothed, in_axes=(axes, 0))(dynamics, residuals.outputs)
+        found = jax.vmap(run, in_axes=(axes, 0))(dynamics, residuals.outputs)
         return found, residuals
 
 
 @eqx.filter_jit  # an eager call compiles once
-def _answers(model: LinearGaussianSSM, sequences: Sequences) -> tuple[Float[Array, "b t"], States]:
-    """log p(yₜ | y₁ … yₜ₋₁) of each step, and the states."""
+def _answers(model: LinearGaussianSSM, sequences: Sequences, run: Callable[..., Any]) -> Any:
+    """log p(yₜ | y₁ … yₜ₋₁) of each step from the filter, or the states from the smoother."""
 
     def block(sequences: Sequences) -> Any:
-        found, residuals = model._smoothed(sequences)
-        increments = found.log_increments + residuals.log_norm
-        return increments, States(found.mean, found.covariance)
+        found, residuals = model.inferred(sequences, run)
+        if run is kalman.filtered:
+            return found.log_increments + residuals.log_norm
+        return States(found.mean, found.covariance)
 
     return map_over_observations(block, sequences, width=model.width(sequences))
