@@ -29,5 +29,6 @@ from jaxem.models._hmm import HMM as HMM
 from jaxem.models._hsmm import HSMM as HSMM
 from jaxem.models._log_joint import from_log_joint as from_log_joint
 from jaxem.models._mixture import Mixture as Mixture
+from jaxem.models._state_space import LinearGaussianSSM as LinearGaussianSSM
 
 __version__ = "0.1.0"

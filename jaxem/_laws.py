@@ -97,7 +97,7 @@ def _spoil(leaf: Array) -> Array:
     """Data that no family accepts, in every observation; what is observed stays so."""
     if leaf.dtype == jnp.bool_:
         return leaf
-    bad = jnp.nan if jnp.issubdtype(leaf.dtype, jnp.inexact) else jnp.iinfo(leaf.dtype).min
+    bad = jnp.inf if jnp.issubdtype(leaf.dtype, jnp.inexact) else jnp.iinfo(leaf.dtype).min
     return jnp.full_like(leaf, bad)
 
 

@@ -23,7 +23,9 @@ CASES = _read("gold")
 REGRESSIONS = _read("gold_regression")
 ROBUST = _read("gold_robust")
 CHAINS = _read("gold_hmm")
-ALL = CASES | REGRESSIONS | ROBUST | CHAINS
+FACTORS = _read("gold_factors")
+STATES = _read("gold_state_space")
+ALL = CASES | REGRESSIONS | ROBUST | CHAINS | FACTORS | STATES
 
 
 @functools.cache

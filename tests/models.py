@@ -77,6 +77,14 @@ DURATIONS = _rng.exponential(1 + 3 * _side[:, None], (N, 2))
 BEARINGS = np.column_stack([POINTS - 1, POINTS[:, 0] ** 2])
 BEARINGS = BEARINGS / np.linalg.norm(BEARINGS, axis=1, keepdims=True)
 
+_one = np.random.default_rng(8).normal(size=(N, 1))
+LOADED = np.where(
+    _side[:, None] == 1, _one * [0.5, 1.0, 0.4] + [2.0, 1.0, 0.0], -_one * [1.0, 0.5, -0.3]
+)
+LOADED = LOADED + np.random.default_rng(10).normal(size=(N, 3)) * [0.6, 0.7, 0.8]
+LOADED_MEAN = np.array([[0.2, 0.1, 0.0], [1.7, 0.8, 0.2]])
+LOADED_NOISE = np.array([[0.5, 0.6, 0.7], [0.4, 0.5, 0.8]])
+
 MEAN = np.array([[0.3, -0.2], [1.9, 2.4]])
 FULL = np.array([[[1.0, 0.2], [0.2, 0.8]], [[1.5, -0.3], [-0.3, 0.9]]])
 SHARES = np.array([[[0.5, 0.3, 0.2], [0.2, 0.2, 0.6]], [[0.3, 0.4, 0.3], [0.5, 0.2, 0.3]]])
@@ -233,6 +241,24 @@ def _log_joint():
     model = jaxem.from_log_joint(_two_poisson_laws, params)
     nameless = frozenset({"free leaves", "frozen is not updated"})
     return Case(model, jnp.asarray(COUNTS, float), None, nameless)
+
+
+def _state_space():
+    model = jaxem.LinearGaussianSSM(
+        jaxem.emissions.Gaussian([[0.5, -1.0]], [[[1.0, 0.2], [0.2, 0.8]]]),
+        jaxem.emissions.LinearRegression(
+            [[[0.8, 0.3], [-0.2, 0.7]]], [[0.1, 0.2]], [[[0.5, 0.1], [0.1, 0.3]]]
+        ),
+        jaxem.emissions.LinearRegression(
+            [[[1.0, 0.4], [-0.6, 0.8], [0.3, -0.5]]],
+            [[0.2, -0.1, 0.4]],
+            [[[0.6, 0.2, 0.0], [0.2, 0.5, 0.1], [0.0, 0.1, 0.7]]],
+        ),
+    )
+    rng = np.random.default_rng(11)
+    values = rng.normal(size=(14, 9, 3)) + np.cumsum(rng.normal(size=(14, 9, 1)), axis=1)
+    values[rng.random(values.shape) < 0.1] = np.nan
+    return Case(model, jax.tree.map(jnp.asarray, _ragged(values)))
 
 
 CASES: dict[str, Entry] = {
@@ -403,9 +429,28 @@ CASES: dict[str, Entry] = {
             lambda c: c.prior(),
         ),
     ),
+    "factor-analysis": _entry(
+        "mixture mechanism",
+        lambda: _case(
+            jaxem.emissions.FactorAnalysis(
+                LOADED_MEAN, np.array([[[0.8], [0.5], [-0.3]], [[0.2], [0.9], [0.4]]]), LOADED_NOISE
+            ),
+            LOADED,
+            lambda c: c.prior({"loadings": 1.5, "noise_variance": 4.0}, noise_variance=0.7),
+        ),
+    ),
+    "ppca-tied": _entry(
+        "mixture",
+        lambda: _case(
+            jaxem.emissions.PPCA(LOADED_MEAN, np.array([[[0.8], [0.5], [-0.3]]] * 2), 0.6),
+            LOADED,
+            lambda c: c.prior({"loadings": 1.5, "noise_variance": 4.0}, noise_variance=0.7),
+        ),
+    ),
     "parsimonious-EVV": _entry("mixture", lambda: _parsimonious("EVV")),
     "parsimonious-VEE": _entry("mixture", lambda: _parsimonious("VEE")),
     "parsimonious-VEV": _entry("mixture", lambda: _parsimonious("VEV", "free leaves")),
+    "state-space": _entry("mechanism", _state_space),
     "experts": _entry(
         "mechanism",
         lambda: Case(

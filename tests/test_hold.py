@@ -189,7 +189,7 @@ def test_unfreeze_is_the_inverse():
         ("components.means", None, "covariance"),
         ("component.mean", None, "leads nowhere"),
         ("components.parts.0.mean", None, "leads nowhere"),
-        ("components", None, "not a parameter"),
+        ("component", None, "not a parameter"),
         ("logits", None, "not a parameter"),
         ("components.mean", [True, False], "one for each"),
         ("weights", [True] * 4, "one for each"),
@@ -198,6 +198,13 @@ def test_unfreeze_is_the_inverse():
 def test_freeze_says_what_it_does_not_know(name, mask, says):
     with pytest.raises(ValueError, match=says):
         jaxem.freeze(three(), name, mask=mask)
+
+
+def test_a_part_stands_for_all_its_parameters():
+    part = jaxem.freeze(three(), "components")
+    each = jaxem.freeze(three(), "components.mean", "components.covariance")
+    assert jax.tree.structure(part) == jax.tree.structure(each)
+    assert jax.tree.structure(jaxem.unfreeze(part, "components")) == jax.tree.structure(three())
 
 
 def test_unfreeze_knows_names_as_well():

@@ -9,7 +9,9 @@ from models import CASES
 import jaxem
 from jaxem.models import align, reorder
 
-NAMED = [name for name in CASES if name not in {"from_functions", "log-joint", "labels"}]
+NAMED = [
+    name for name in CASES if name not in {"from_functions", "log-joint", "labels", "state-space"}
+]
 
 
 @pytest.mark.parametrize("name", NAMED)

@@ -55,11 +55,11 @@ class AxisScale(AbstractScale):
     def num_free_parameters(self, free: np.ndarray) -> int:
         return int(np.sum(free)) * self.log_scale.shape[-1]
 
-    def _cells(self, mean: Float[Array, "k d"]) -> Float[Array, "k d"]:
+    def cells(self, mean: Float[Array, "k d"]) -> Float[Array, "k d"]:
         """Log-scales, one for each component and feature."""
         return jnp.broadcast_to(self.log_scale, mean.shape)
 
-    def _sum(self, cells: Float[Array, "k d"]) -> Float[Array, "c e"]:
+    def total(self, cells: Float[Array, "k d"]) -> Float[Array, "c e"]:
         """Sums over the cells that share one scale."""
         axes = (0,) * self.shared + (1,) * self.spherical
         return jnp.sum(cells, axis=axes, keepdims=True)
@@ -69,7 +69,7 @@ class AxisScale(AbstractScale):
         return -self.log_scale - HALF_LOG_2PI
 
     def log_prob(self, x: Array, mean: Array, tilt: Moments) -> Float[Array, "n k"]:
-        inverse = jnp.exp(-self._cells(mean))
+        inverse = jnp.exp(-self.cells(mean))
         offset = inverse * (mean - centroid(mean))
         cells = jnp.broadcast_to(self.log_norm() + tilt.scale_count, mean.shape)
         log_norm = jnp.sum(cells, axis=1) + tilt.mean_count
@@ -94,7 +94,7 @@ class AxisScale(AbstractScale):
 
     def expansion_is_safe(self, mean: Float[Array, "k d"]) -> Bool[Array, ""]:
         """Whether the expanded form keeps its digits, and the squares of features fit."""
-        offset = jnp.exp(-self._cells(mean)) * (mean - centroid(mean))
+        offset = jnp.exp(-self.cells(mean)) * (mean - centroid(mean))
         fits = jnp.max(jnp.abs(self.log_scale)) < -0.5 * least_log_scale(mean)
         return fits & expansion_is_safe(offset)
 
@@ -105,14 +105,14 @@ class AxisScale(AbstractScale):
 
     def expected(self, mean: Array) -> Moments:
         one = jnp.ones_like(mean)
-        return Moments(self._sum(one), one[:, 0], jnp.zeros_like(mean), self._sum(one))
+        return Moments(self.total(one), one[:, 0], jnp.zeros_like(mean), self.total(one))
 
     def reframe(self, sums: Moments, mean: Array, old: Self, old_mean: Array) -> Moments:
         turn = jnp.exp(old.log_scale - self.log_scale)
         shift = jnp.exp(-self.log_scale) * (old_mean - mean)
         turned = turn * sums.first
         count = sums.mean_count[:, None]
-        rise = self._sum((2 * turned + count * shift) * shift)
+        rise = self.total((2 * turned + count * shift) * shift)
         return Moments(
             sums.scale_count,
             sums.mean_count,
@@ -121,21 +121,25 @@ class AxisScale(AbstractScale):
         )
 
     def maximum(self, sums: Moments, moves: Any) -> tuple[Float[Array, "k d"], Self]:
-        step, growth = self._whitened_maximum(sums, moves)
-        log_scale = jnp.maximum(self.log_scale + growth, least_log_scale(step))
-        return step, self._with(log_scale)
+        step, scatter = self._scatter(sums, moves)
+        return step, self.best(scatter, sums.scale_count)
 
-    def _whitened_maximum(self, sums: Moments, moves: Any) -> tuple[Array, Array]:
-        """The step of the means and the growth of log-scales.
+    def _scatter(
+        self, sums: Moments, moves: Any
+    ) -> tuple[Float[Array, "k d"], Float[Array, "c e"]]:
+        """The step of the means, and S − s²/n, or S about means that do not move.
 
-        With S − s²/n, or S about means that do not move; what is below the rounding of the
-        difference counts as scatter.
+        What is below the rounding of the difference counts as scatter.
         """
         step = divide(sums.first, sums.mean_count[:, None]) * moves[:, None]
         exact = 1 - ROUNDINGS * jnp.finfo(step.dtype).eps
-        scatter = sums.second - exact * self._sum(sums.first * step)
-        scatter = jnp.where(sums.scale_count > 0, divide(scatter, sums.scale_count), 1)
-        return step, 0.5 * la.floored_log(scatter)
+        return step, sums.second - exact * self.total(sums.first * step)
+
+    def best(self, scatter: Float[Array, "c e"], count: Float[Array, "c e"]) -> Self:
+        """The scale of largest Q where squares about the new means, whitened by self, sum so."""
+        growth = jnp.where(count > 0, divide(scatter, count), 1)
+        log_scale = self.log_scale + 0.5 * la.floored_log(growth)
+        return self._with(jnp.maximum(log_scale, least_log_scale(scatter)))
 
     def _with(self, log_scale: Float[Array, "c e"]) -> Self:
         return replace(self, log_scale=log_scale)
@@ -163,7 +167,7 @@ class AxisScale(AbstractScale):
 
     def degenerate(self, sums: Moments, mean: Array, moves: Any) -> Int[Array, " c"]:
         d = mean.shape[1]
-        log_scale = self.log_scale + self._whitened_maximum(sums, moves)[1]
+        log_scale = self.maximum(sums, moves)[1].log_scale
         ratio = jnp.exp(2 * (log_scale - jnp.max(log_scale, axis=0)))
         total = jnp.sum(sums.scale_count * ratio, axis=0)
         within = divide(total, jnp.sum(sums.scale_count, axis=0))

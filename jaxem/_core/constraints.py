@@ -32,7 +32,8 @@ class Constraint(NamedTuple):
     valid: Callable[[Array], Array]
     inverse: Callable[[Array], Array]  # the leaf of a value
     is_log: bool  # whether leaves are logarithms or log-odds, which have no units
-    lost: int = 0  # how many of the last axis follow from the others
+    # How many numbers of one component follow from the others, by their shape
+    lost: Callable[[tuple[int, ...]], int] = lambda shape: 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +80,8 @@ class Parameter:
 
     def num_free_parameters(self, leaf: Array, free: np.ndarray) -> int:
         """How many numbers the M-step moves, with one flag for each component."""
-        *axes, last = (1, *leaf.shape[1:])
-        return int(np.sum(free)) * math.prod(axes) * (last - self.constraint.lost)
+        shape = leaf.shape[1:]
+        return int(np.sum(free)) * (math.prod(shape) - self.constraint.lost(shape))
 
     def checked(self, name: str, value: Array, sizes: dict[str, int]) -> Array:
         """The leaf of a value; `sizes` learns what its letters stand for.
@@ -178,7 +179,7 @@ def probability(leaf: str, shape: str, **settings: Any) -> Parameter:
 def simplex(leaf: str, shape: str, **settings: Any) -> Parameter:
     """Probabilities that sum to 1 along the last axis, by their logarithms; a 0 is floored."""
     requirement = ": probabilities must be non-negative and sum to 1 along the last axis."
-    constraint = Constraint(requirement, is_simplex, la.floored_log, True, lost=1)
+    constraint = Constraint(requirement, is_simplex, la.floored_log, True, lost=_one_of_each_row)
     return Parameter(leaf, tuple(shape.split()), constraint, **{"reference": None, **settings})
 
 
@@ -188,8 +189,14 @@ def direction(leaf: str, shape: str, **settings: Any) -> Parameter:
     def valid(value: Array) -> Array:
         return jnp.isfinite(value).all(axis=-1) & jnp.any(value != 0, axis=-1)
 
-    constraint = Constraint(" must be finite and not zero.", valid, la.unit, False, lost=1)
+    constraint = Constraint(
+        " must be finite and not zero.", valid, la.unit, False, lost=_one_of_each_row
+    )
     return Parameter(leaf, tuple(shape.split()), constraint, **{"reference": 1.0, **settings})
+
+
+def _one_of_each_row(shape: tuple[int, ...]) -> int:
+    return math.prod(shape[:-1])
 
 
 def leaves_of(parameters: Mapping[str, Any], /, **values: ArrayLike) -> dict[str, Array]:

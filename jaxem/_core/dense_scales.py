@@ -226,10 +226,10 @@ class AbstractDense(AbstractScale):
 
 
 class FullScale(AbstractDense):
-    """Any covariances, by Cholesky factors: one for each component, or one for all."""
+    """Covariances by Cholesky factors, own or shared; diagonal without a part `below`."""
 
     log_scale: Float[Array, "c d"]
-    below: Float[Array, "c d d"]
+    below: Float[Array, "c d d"] | None
     shared: bool = eqx.field(static=True)
     min_spread: float = eqx.field(static=True)
     expanded: bool = eqx.field(static=True, default=False)
@@ -241,7 +241,7 @@ class FullScale(AbstractDense):
 
     def num_free_parameters(self, free: np.ndarray) -> int:
         d = self.log_scale.shape[-1]
-        return int(np.sum(free)) * d * (d + 1) // 2
+        return int(np.sum(free)) * (d if self.below is None else d * (d + 1) // 2)
 
     @property
     def least_count(self) -> int:
@@ -251,9 +251,16 @@ class FullScale(AbstractDense):
         return -jnp.sum(self.log_scale, axis=1) - self.log_scale.shape[1] * HALF_LOG_2PI
 
     def factor(self) -> Float[Array, "c d d"]:
+        if self.below is None:
+            return jnp.exp(self.log_scale)[:, :, None] * self._eye()
         return la.lower(self.log_scale, self.below)
 
+    def _eye(self) -> Float[Array, "d d"]:
+        return jnp.eye(self.log_scale.shape[-1], dtype=self.log_scale.dtype)
+
     def whitener(self) -> Float[Array, "c d d"]:
+        if self.below is None:
+            return jnp.exp(-self.log_scale)[:, :, None] * self._eye()
         return la.inverse_of_lower(self.factor())
 
     def best(self, scatter: Array, count: Array) -> Self:
@@ -262,25 +269,27 @@ class FullScale(AbstractDense):
 
     def best_covariance(self, scatter: Array, count: Array) -> Float[Array, "c d d"]:
         count = count[:, None, None]
-        eye = jnp.eye(scatter.shape[-1], dtype=scatter.dtype)
-        return jnp.where(count > 0, divide(scatter, count), eye)
+        best = jnp.where(count > 0, divide(scatter, count), self._eye())
+        return self._eye() * best if self.below is None else best
 
     def _with(self, factor: Float[Array, "c d d"]) -> Self:
         log_scale, below = la.parts_of_lower(factor)
-        return replace(self, log_scale=log_scale, below=below)
+        return replace(self, log_scale=log_scale, below=None if self.below is None else below)
 
     def with_covariance(self, name: str, value: Array) -> Self:
-        full = full_scale(name, value, self.log_scale, shared=self.shared)
+        diagonal = self.below is None
+        full = full_scale(name, value, self.log_scale, shared=self.shared, diagonal=diagonal)
         return replace(self, log_scale=full.log_scale, below=full.below)
 
     def scaled(self, spread: Array, num_components: int) -> Self:
         c, d = 1 if self.shared else num_components, self.log_scale.shape[1]
-        spread = jnp.maximum(spread, jnp.finfo(self.below.dtype).tiny)
-        least = least_log_scale(self.below)
+        spread = jnp.maximum(spread, jnp.finfo(self.log_scale.dtype).tiny)
+        least = least_log_scale(self.log_scale)
         log_scale = jnp.maximum(self.log_scale[:1] + 0.5 * jnp.log(spread), least)
-        below = jnp.broadcast_to(self.below[:1] * jnp.sqrt(spread), (c, d, d))
-        log_scale = jnp.broadcast_to(log_scale, (c, d))
-        return replace(self, log_scale=log_scale, below=below)
+        below = self.below
+        if below is not None:
+            below = jnp.broadcast_to(below[:1] * jnp.sqrt(spread), (c, d, d))
+        return replace(self, log_scale=jnp.broadcast_to(log_scale, (c, d)), below=below)
 
 
 def full_scale(
@@ -289,11 +298,12 @@ def full_scale(
     like: Float[Array, "k d"],
     *,
     shared: bool | None = False,
+    diagonal: bool = False,
     min_spread: float = MIN_SPREAD,
 ) -> FullScale:
     """The scale of covariances (k, d, d), or (d, d) for all; `shared` None takes either.
 
-    It has the dtype and the sizes of `like`, such as the means.
+    With `diagonal` they stay diagonal. It has the dtype and the sizes of `like`, such as the means.
 
     **Raises:** `ValueError` for another shape, or what is no covariance.
     """
@@ -305,10 +315,13 @@ def full_scale(
     gap = jnp.abs(covariance - la.transpose(covariance))
     slack = jnp.finfo(covariance.dtype).eps ** 0.5 * la.outer(deviation, deviation)
     check_values(~(gap > slack), f"{name} is not symmetric.")
+    if diagonal:
+        check_values((covariance == 0) | np.eye(d, dtype=bool), f"{name} is not diagonal.")
     factor = la.cholesky(covariance)
     proper = (jnp.diagonal(factor, axis1=-2, axis2=-1) > 0) & jnp.isfinite(factor).all(axis=-1)
     check_values(proper, f"{name} is not positive definite, or not finite.")
     log_scale, below = la.parts_of_lower(factor)
+    below = None if diagonal else below
     spread = check_min_spread(min_spread)
     return FullScale(log_scale=log_scale, below=below, shared=shared, min_spread=spread)
 
@@ -319,18 +332,19 @@ def pooled_full_scale(
     sample_weight: Float[Array, " n"],
     *,
     tied: bool = False,
+    diagonal: bool = False,
     min_spread: float = MIN_SPREAD,
 ) -> FullScale:
-    """The covariance of all data, for one component.
+    """The covariance of all data, or its diagonal, for one component.
 
     A constant or redundant column has no factor: deviations alone then stand for it.
     """
     size, second = weighted_second_moments(x, mean, sample_weight)
     factor = la.cholesky(second)
-    singular = jnp.any(jnp.isnan(factor))
+    singular = diagonal | jnp.any(jnp.isnan(factor))
     factor = jnp.where(singular, jnp.diag(jnp.sqrt(jnp.diagonal(second))), factor)
     log_scale, below = la.parts_of_lower(factor)
     log_scale = jnp.maximum(log_scale + jnp.log(size), least_log_scale(size))
-    below = below * size[:, None]
+    below = None if diagonal else (below * size[:, None])[None]
     spread = check_min_spread(min_spread)
-    return FullScale(log_scale=log_scale[None], below=below[None], shared=tied, min_spread=spread)
+    return FullScale(log_scale=log_scale[None], below=below, shared=tied, min_spread=spread)

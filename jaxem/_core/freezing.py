@@ -29,7 +29,7 @@ def freeze(model: _T, *names: str, mask: Sequence[bool] | np.ndarray | None = No
     **Arguments:**
 
     - `names`: paths to parameters, such as `"weights"`, `"components.mean"` or
-      `"components.parts.0.rate"`.
+      `"components.parts.0.rate"`, or to a part, such as `"components"`, for all that it has.
     - `mask`: one boolean per component, to freeze only some of them. Default: all.
 
     **Raises:** `ValueError` for a name that is not a parameter, or a mask that does
@@ -40,7 +40,7 @@ def freeze(model: _T, *names: str, mask: Sequence[bool] | np.ndarray | None = No
     ```
     """
     _check_arguments("freeze", model, names)
-    for name in names:
+    for name in _each(model, names):
         model = _changed(model, name.split("."), name, mask)
     return model
 
@@ -48,9 +48,19 @@ def freeze(model: _T, *names: str, mask: Sequence[bool] | np.ndarray | None = No
 def unfreeze(model: _T, *names: str) -> _T:
     """Let parameters move again; the inverse of `freeze`."""
     _check_arguments("unfreeze", model, names)
-    for name in names:
+    for name in _each(model, names):
         model = _changed(model, name.split("."), name, None, release=True)
     return model
+
+
+def _each(model: Any, names: tuple[str, ...]) -> list[str]:
+    """The names, with those of its parameters in place of a part's."""
+    known = parameter_names(model)
+    return [
+        path
+        for name in names
+        for path in [own for own in known if own.startswith(f"{name}.")] or [name]
+    ]
 
 
 def _check_arguments(who: str, model: Any, names: tuple[Any, ...]) -> None:

@@ -158,18 +158,24 @@ def _linear_tilt_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     return linear_tilt(*primals), la.matmul(tangents[0], primals[1])
 
 
-@jax.custom_jvp
 def square_tilt(tilt: Float[Array, "*b t t"], t: Float[Array, "*b t n"]) -> Float[Array, "*b n"]:
     """tᵀ T t at T = 0: the value costs nothing, and its derivative by T is t tᵀ."""
-    shape = jnp.broadcast_shapes(tilt.shape[:-2], t.shape[:-2])
+    return product_tilt(0.5 * (tilt + la.transpose(tilt)), t, t)
+
+
+@jax.custom_jvp
+def product_tilt(
+    tilt: Float[Array, "*b s t"], s: Float[Array, "*b s n"], t: Float[Array, "*b t n"]
+) -> Float[Array, "*b n"]:
+    """sᵀ T t at T = 0: the value costs nothing, and its derivative by T is s tᵀ."""
+    shape = jnp.broadcast_shapes(tilt.shape[:-2], s.shape[:-2], t.shape[:-2])
     return jnp.zeros((*shape, t.shape[-1]), t.dtype)
 
 
-@square_tilt.defjvp
-def _square_tilt_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    t, change = primals[1], tangents[0]
-    change = 0.5 * (change + la.transpose(change))
-    return square_tilt(*primals), jnp.sum(t * la.matmul(change, t), axis=-2)
+@product_tilt.defjvp
+def _product_tilt_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    _, s, t = primals
+    return product_tilt(*primals), jnp.sum(s * la.matmul(tangents[0], t), axis=-2)
 
 
 def solve_free(

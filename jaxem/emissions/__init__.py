@@ -1,11 +1,15 @@
 """Families of distributions for the components of a mixture and the states of a chain."""
 
+from jaxem._core.moments import compressed as compressed
+from jaxem._core.moments import from_moments as from_moments
 from jaxem.emissions._axis_gaussian import DiagonalGaussian as DiagonalGaussian
 from jaxem.emissions._axis_gaussian import SphericalGaussian as SphericalGaussian
 from jaxem.emissions._base import AbstractEmission as AbstractEmission
 from jaxem.emissions._bernoulli import Bernoulli as Bernoulli
 from jaxem.emissions._categorical import Categorical as Categorical
 from jaxem.emissions._exponential import Exponential as Exponential
+from jaxem.emissions._factor_analysis import PPCA as PPCA
+from jaxem.emissions._factor_analysis import FactorAnalysis as FactorAnalysis
 from jaxem.emissions._gamma import Gamma as Gamma
 from jaxem.emissions._gaussian import Gaussian as Gaussian
 from jaxem.emissions._gaussian import TiedGaussian as TiedGaussian

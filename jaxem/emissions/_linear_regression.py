@@ -88,9 +88,10 @@ class LinearRegression(AbstractRegression):
     The density is that of y given u: it says nothing of u.
 
     **Arguments:** `coefficients` (k, d, p); `intercept` (k, d), the value at u = 0; `covariance`
-    (k, d, d) of the residuals, or (d, d) shared by all components; `min_spread`: a component whose
-    residual variance along some direction is below this fraction of the average is degenerate.
-    Data: inputs u (n, p), outputs y (n, d). As a `family`,
+    (k, d, d) of the residuals, or (d, d) shared by all components; `diagonal`: whether residuals of
+    different outputs are independent, and the covariance stays diagonal; `min_spread`: a component
+    whose residual variance along some direction is below this fraction of the average is
+    degenerate. Data: inputs u (n, p), outputs y (n, d). As a `family`,
     `functools.partial(LinearRegression, tied=True)` shares the covariance.
 
     **Raises:** `ValueError` for other shapes, or values that are not a covariance.
@@ -120,12 +121,18 @@ class LinearRegression(AbstractRegression):
         intercept: ArrayLike,
         covariance: ArrayLike,
         *,
+        diagonal: bool = False,
         min_spread: float = MIN_SPREAD,
     ):
         given = leaves_of(self.parameters, coefficients=coefficients, intercept=intercept)
         self.coefficients, self.intercept = given["coefficients"], given["intercept"]
         self.structure = full_scale(
-            "covariance", covariance, self.intercept, shared=None, min_spread=min_spread
+            "covariance",
+            covariance,
+            self.intercept,
+            shared=None,
+            diagonal=diagonal,
+            min_spread=min_spread,
         )
         self.inputs, self.frozen = InputFrame.at_zero(self.coefficients), ()
 

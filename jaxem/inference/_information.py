@@ -122,9 +122,13 @@ class Information(eqx.Module):
     score: Float[Array, " p"]
     num_observations: Float[Array, ""]
 
-    def covariance(self) -> Covariance:
-        """Covariance of the parameters: the inverse, by the delta method."""
-        return _delta(self, None)
+    def covariance(self, of: Callable[[Any], PyTree[Array]] | None = None) -> Covariance:
+        """Covariance of the parameters: the inverse, by the delta method.
+
+        **Arguments:** `of(model)`, what takes the place of the parameters, by name or an array:
+        `lambda model: rotate(model.loadings[0]).loadings` for example.
+        """
+        return _delta(self, None, estimates if of is None else of)
 
 
 def observed_information(
@@ -255,14 +259,18 @@ def _scatter_of_scores(model: AbstractModel, problem: Problem) -> Float[Array, "
 
 
 @eqx.filter_jit
-def _delta(information: Information, meat: Float[Array, "p p"] | None) -> Covariance:
+def _delta(
+    information: Information,
+    meat: Float[Array, "p p"] | None,
+    of: Callable[[Any], PyTree[Array]] = estimates,
+) -> Covariance:
     model, matrix, score = information.model, information.matrix, information.score
     flat, rebuild = free_numbers(model)
-    named = estimates(shown(model))
+    named = of(shown(model))
     values, by_name = ravel_pytree(named)
 
     def parameters(numbers: Array, model_at: Callable[[Array], Any] = rebuild) -> Array:
-        return ravel_pytree(estimates(shown(model_at(numbers))))[0]
+        return ravel_pytree(of(shown(model_at(numbers))))[0]
 
     scale, rounding = _scale(information)
     eigenvalues, basis = jnp.linalg.eigh(matrix / la.outer(scale, scale))

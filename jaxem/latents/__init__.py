@@ -1,6 +1,7 @@
 """Structures that are summed out, and posteriors over them."""
 
 from jaxem.latents import chain as chain
+from jaxem.latents import kalman as kalman
 from jaxem.latents._chain import Chain as Chain
 from jaxem.latents._finite import Finite as Finite
 from jaxem.latents._infer import AbstractCustomPosterior as AbstractCustomPosterior

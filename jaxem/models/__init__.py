@@ -10,3 +10,4 @@ from jaxem.models._log_joint import from_log_joint as from_log_joint
 from jaxem.models._mixture import Mixture as Mixture
 from jaxem.models._order import align as align
 from jaxem.models._order import reorder as reorder
+from jaxem.models._state_space import LinearGaussianSSM as LinearGaussianSSM

@@ -1,0 +1,105 @@
+"""Steps of a linear-Gaussian state-space model: what was seen of them, and sums of its factors."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxem._core import linalg as la
+from jaxem._core.scales import HALF_LOG_2PI
+from jaxem._core.sequences import Sequences
+from jaxem.emissions._linear_regression import JointMoments, LinearRegression
+from jaxem.latents import kalman
+
+
+class Residuals(NamedTuple):
+    """How complete-data residuals follow from what was seen of a step, whitened by all of R."""
+
+    outputs: kalman.Outputs
+    turn: Float[Array, "b t p p"]  # of seen residuals, 0 in columns of what was not
+    unseen: Float[Array, "b t p p"]  # the variance of what was not seen, given the rest
+    seen: Float[Array, "b t p"]  # seen outputs less those of z = 0
+    log_norm: Float[Array, "b t"]
+
+
+def residuals_of(emission: LinearRegression, num_states: int, sequences: Sequences) -> Residuals:
+    """What was seen of each step, whitened."""
+    n, factor = num_states, emission.structure.factor()[0]
+    controls, y = parts_of(sequences)
+    seen = seen_entries(sequences)
+    share = seen.astype(y.dtype)
+    level = emission.intercept[0]
+    if controls is not None:
+        level = level + la.apply(emission.coefficients[0, :, n:], finite_values(controls))
+    values = jnp.where(seen, y - level, 0)
+    # R of what was seen, and 1 in place of the variance of what was not
+    eye = jnp.eye(len(factor), dtype=y.dtype)
+    both = share[..., :, None] * share[..., None, :]
+    covariance = both * la.matmul(factor, factor.T) + (1 - share)[..., None] * eye
+    root = la.cholesky(covariance)
+    whitener = la.inverse_of_lower(root) * share[..., None, :]
+    rows = la.matmul(whitener, emission.coefficients[0, :, :n])
+    turn = la.matmul(factor.T, la.matmul(la.transpose(whitener), whitener))
+    log_scale = jnp.log(jnp.diagonal(root, axis1=-2, axis2=-1))
+    log_norm = -jnp.sum(jnp.where(seen, log_scale + HALF_LOG_2PI, 0), axis=-1)
+    outputs = kalman.Outputs(rows, la.apply(whitener, values))
+    return Residuals(outputs, turn, eye - la.matmul(turn, factor), values, log_norm)
+
+
+def joint_moments(
+    factor: LinearRegression,
+    weight: Float[Array, "b t"],
+    inputs: tuple[Float[Array, "b t n"], Float[Array, "b t q"] | None],
+    covariance: Float[Array, "b t n n"],
+    residual: Float[Array, "b t d"],
+    cross: Float[Array, "b t d n"],
+    spread: Float[Array, "b t d d"],
+) -> JointMoments:
+    """Sums of a regression whose first inputs, and residuals, are known by moments."""
+    state, known = inputs
+    n, d = state.shape[-1], residual.shape[-1]
+    given = state if known is None else jnp.concatenate([state, known], axis=-1)
+    p = given.shape[-1]
+    v = factor.inputs.standardized(given.reshape(-1, p))[0]  # (1 + p, b t)
+    t = jnp.concatenate([v, residual.reshape(-1, d).T])
+    flat = weight.reshape(-1)
+    joint = la.matmul(t * flat, t.T)
+    unit = jnp.exp(factor.inputs.log_scale[0, :n])
+    moved = jnp.tensordot(weight, covariance, 2) / (unit[:, None] * unit)
+    side = jnp.tensordot(weight, cross, 2) / unit
+    own = jnp.tensordot(weight, spread, 2)
+    states, residuals = slice(1, 1 + n), slice(1 + p, 1 + p + d)
+    joint = joint.at[states, states].add(moved).at[residuals, residuals].add(own)
+    joint = joint.at[residuals, states].add(side).at[states, residuals].add(side.T)
+    return JointMoments(jnp.sum(flat)[None], joint[None])
+
+
+def parts_of(sequences: Sequences) -> tuple[Array | None, Array]:
+    """Inputs beside the outputs, or None, and the outputs."""
+    if isinstance(sequences.values, tuple):
+        if len(sequences.values) != 2:
+            raise ValueError(
+                f"LinearGaussianSSM expects outputs, or a tuple (inputs, outputs), got "
+                f"{len(sequences.values)} arrays."
+            )
+        return sequences.values
+    return None, sequences.values
+
+
+def seen_entries(sequences: Sequences) -> Bool[Array, "b t p"]:
+    """Which entries of the outputs were observed."""
+    return sequences.present[:, :, None] & ~jnp.isnan(parts_of(sequences)[1])
+
+
+def finite_values(values: Any) -> Any:
+    """The values, 0 in place of what is not finite; None stays."""
+    return None if values is None else jnp.where(jnp.isfinite(values), values, 0)
+
+
+def unobserved_outside(sequences: Sequences, keep: Bool[Array, " b"]) -> Sequences:
+    """The sequences, of which those outside `keep` were not observed."""
+    observed = sequences.present & keep[:, None]
+    inputs = sequences.inputs
+    if inputs is not None:
+        inputs = jnp.where(keep[:, None, None], inputs, 0)
+    return Sequences(sequences.values, sequences.lengths, observed=observed, inputs=inputs)
