@@ -15,6 +15,7 @@ class CAUSES(enum.IntEnum):
       parameters, however many they are.
     - `no_variance`: its variance along some direction is hardly any.
     - `bound`: a parameter is at the bound where the likelihood is unbounded.
+    - `heywood`: factors leave hardly any noise to some feature, see `uniqueness`.
     - `separation`: inputs tell outcomes apart without error, so that coefficients grow for ever.
     """
 
@@ -24,6 +25,7 @@ class CAUSES(enum.IntEnum):
     no_variance = 3
     bound = 4
     separation = 5
+    heywood = 6
 
 
 def caused(**flags: Bool[Array, " k"]) -> Int[Array, " k"]:

@@ -5,21 +5,25 @@ import functools
 from typing import Any, ClassVar, NamedTuple, Self
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 from numpy.typing import ArrayLike
 
 from jaxem._core import linalg as la
 from jaxem._core.axis_scales import AxisScale, axis_scale, pooled_axis_scale
 from jaxem._core.blocks import weighted_mean
-from jaxem._core.checks import check_options, is_integer
+from jaxem._core.checks import check_options, checked_key, is_integer, or_absent
 from jaxem._core.constraints import Parameter, leaves_of, real
+from jaxem._core.conversion import as_arrays
 from jaxem._core.leading_axes import leading_axes
 from jaxem._core.numerics import least_log_scale
 from jaxem._core.parameters import Frozen, build, replace
 from jaxem._core.scales import MIN_SPREAD, ScaleParameter
 from jaxem.emissions._base import AbstractStarting
 from jaxem.emissions._factor_base import AbstractFactorModel, inverse_of_positive
+from jaxem.emissions._family import settled
+from jaxem.emissions._pooled import compiled, pooled
 
 # Of a start: the least share of a feature's variance that is unique, of an axis that is loaded.
 _LEAST_UNIQUE, _LEAST_LOADED = 0.05, 0.01
@@ -71,6 +75,25 @@ class AbstractFactorAnalysis(AbstractFactorModel, AbstractStarting):
         return Scores(jnp.moveaxis(mean, 2, 0), covariance)
 
     @classmethod
+    def init(
+        cls,
+        key: Array,
+        x: Float[Array, "n d"],
+        *,
+        sample_weight: Float[Array, " n"] | None = None,
+        **options: Any,
+    ) -> Self:
+        """A start of one component: the leading axes of the data, about one observation.
+
+        **Arguments:** `options`, as of a family: `num_factors`, 1 by default; `min_spread`.
+
+        **Raises:** `ValueError` for another option, or data that are not finite.
+        """
+        x, sample_weight = as_arrays(x), as_arrays(sample_weight)
+        family = settled(functools.partial(cls, **options), x)
+        return compiled(_around_one, family, family, checked_key(key), x, sample_weight)
+
+    @classmethod
     def pooled(cls, x, num_components, sample_weight, **options):
         """The leading axes of all data, in the units of each feature, and what they leave."""
         cls.support.check(x, {}, x.dtype, cls.__name__)
@@ -99,6 +122,16 @@ class AbstractFactorAnalysis(AbstractFactorModel, AbstractStarting):
     def located_at(self, x: Float[Array, "k d"], spread: Float[Array, ""]) -> Self:
         one = self.repeated(len(x), spread)
         return replace(one, mean=x, loadings=jnp.sqrt(spread) * one.loadings)
+
+
+def _around_one(
+    family: Any, key: Array, x: Array, sample_weight: Array | None
+) -> tuple[AbstractFactorAnalysis, Bool[Array, " n"]]:
+    whole: Any = pooled(x, 1, family, sample_weight)
+    log_chance = jnp.zeros(len(x)) if sample_weight is None else jnp.log(sample_weight)
+    chosen = x[jax.random.categorical(key, log_chance)]
+    possible = or_absent(whole.in_support(x), sample_weight)
+    return whole.located_at(chosen[None], jnp.ones((), x.dtype)), possible
 
 
 def check_num_factors(num_factors: Any, num_features: int) -> int:
@@ -137,7 +170,7 @@ class FactorAnalysis(AbstractFactorAnalysis):
     **Raises:** `ValueError` for other shapes, or variances that are not positive.
 
     ```python
-    start = FactorAnalysis.init(x, num_factors=2)
+    start = FactorAnalysis.init(jax.random.key(0), x, num_factors=2)
     fitted = jaxem.fit(start, x).model
     fitted.uniqueness, fitted.scores(x).mean
     ```

@@ -30,10 +30,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Int
 
 from jaxem._core import linalg as la
 from jaxem._core.axis_scales import AxisScale
+from jaxem._core.causes import caused, either
 from jaxem._core.numerics import ROUNDINGS, centroid, divide, least_log_scale, resolves
 from jaxem._core.quadratic import product_tilt, solve_free, square_tilt
 from jaxem._core.supports import reals
@@ -208,24 +209,20 @@ class AbstractFactorModel(AbstractConjugateFamily):
         noise = self.structure.noise(key, z, self.mean.shape[1])
         return self.mean[z] + la.apply(self.loadings[z], factors) + noise
 
-    def degenerate(self, sums: FactorSums) -> Bool[Array, " k"]:
-        """Components with a feature of hardly any noise of its own (a Heywood case), and others.
-
-        Those are components of hardly any variance, or of too few observations.
-        """
+    def degenerate(self, sums: FactorSums) -> Int[Array, " k"]:
+        """Also where a feature has hardly any noise of its own, a Heywood case."""
         found, structure = self.maximize(sums), self._regression(sums)[1]
         log_noise = 2 * structure.cells(self.mean)
         noise, explained = jnp.exp(log_noise), jnp.sum(found["loadings"] ** 2, axis=2)
-        total = noise + explained
-        count = sums.count
+        total, count, spread = noise + explained, sums.count, self.structure.min_spread
         within = divide(jnp.sum(count[:, None] * total, axis=0), jnp.sum(count))
-        spread = self.structure.min_spread
-        thin = jnp.any((noise < spread * total) | (total < spread * within), axis=1)
+        heywood = jnp.any(noise < spread * total, axis=1)
+        thin = jnp.any(total < spread * within, axis=1)
         thin = thin | jnp.any(log_noise <= 2 * least_log_scale(self.mean), axis=1)
         thin = thin | ~resolves(jnp.sqrt(noise), self.mean - centroid(self.mean))
-        if not structure.shared:
-            thin = thin | (count < self.num_factors + 2)
-        return (thin & self.free("noise_variance")) | (count < 1)
+        least = 0 if structure.shared else self.num_factors + 2
+        of_noise = caused(few_observations=count < least, no_variance=thin, heywood=heywood)
+        return either(caused(few_observations=count < 1), of_noise * self.free("noise_variance"))
 
 
 def inverse_of_positive(precision: Float[Array, "k q q"]) -> Float[Array, "k q q"]:

@@ -30,6 +30,7 @@ from jaxem._core.statistics import Framed
 from jaxem.emissions._base import AbstractEmission, Emission, sums_of, width
 from jaxem.emissions._family import settled
 from jaxem.emissions._location_scale import AbstractLocationScale
+from jaxem.emissions._pooled import compiled, pooled
 from jaxem.factors._simplex import Simplex
 from jaxem.models import _starts
 from jaxem.models._composite import check_one_model
@@ -119,7 +120,7 @@ class Mixture(AbstractMixture, Generic[Emission]):
         data, sample_weight = as_arrays(data), as_arrays(sample_weight)
         n = num_observations(data)
         seeds = _starts.seeds(key, data, n, num_components, family, method)
-        return _starts.compiled(cls._around, family, seeds, key, data, sample_weight)
+        return compiled(cls._around, family, seeds, key, data, sample_weight)
 
     @classmethod
     def _around(cls, seeds: Any, key: Array, data: Any, sample_weight: Any) -> tuple[Self, Array]:
@@ -153,19 +154,19 @@ class Mixture(AbstractMixture, Generic[Emission]):
                 "jax.nn.one_hot(labels, num_components).",
             )
         given = settled(family, data), data, responsibilities, sample_weight
-        return _starts.compiled(cls._given, family, *given)
+        return compiled(cls._given, family, *given)
 
     @classmethod
     def _given(
         cls, family: Any, data: Any, responsibilities: Any, sample_weight: Any
     ) -> tuple[Self, Array]:
         k = responsibilities.shape[1]
-        pooled = cls._uniform(_starts.pooled(data, k, family, sample_weight))
-        possible = or_absent(pooled.components.in_support(data), sample_weight)
+        alike = cls._uniform(pooled(data, k, family, sample_weight))
+        possible = or_absent(alike.components.in_support(data), sample_weight)
         if sample_weight is not None:
             data = substitute(data, sample_weight > 0)
             responsibilities = sample_weight[:, None] * responsibilities
-        responsibilities = responsibilities.astype(float_dtype(pooled))
+        responsibilities = responsibilities.astype(float_dtype(alike))
 
         def again(_: Any, model: Self) -> Self:
             sums = sums_of(model.components, data, responsibilities)
@@ -173,12 +174,12 @@ class Mixture(AbstractMixture, Generic[Emission]):
 
         # About the pooled mean and scale, the moments of tight clusters cancel: move the means
         # first, then the scales, then both about components that are in place.
-        moved = again(0, pooled)
+        moved = again(0, alike)
         located = lambda part: isinstance(part, AbstractLocationScale)  # noqa: E731
         model = jax.tree.map(
             lambda new, old: replace(old, mean=new.mean) if located(new) else old,
             moved,
-            pooled,
+            alike,
             is_leaf=located,
         )
         return lax.fori_loop(0, 2, again, model), possible

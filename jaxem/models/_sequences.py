@@ -29,6 +29,7 @@ from jaxem._core.numerics import float_dtype, outside_support
 from jaxem._core.sequences import Sequences, as_sequences
 from jaxem._core.statistics import Framed
 from jaxem.emissions._base import AbstractEmission, Emission, cheapest, sums_of, width
+from jaxem.emissions._pooled import compiled, floating
 from jaxem.factors._simplex import Simplex, Stationary
 from jaxem.factors._transition import AbstractTransition
 from jaxem.latents import AbstractPosterior, AbstractSequenceLatent, infer
@@ -212,7 +213,7 @@ def start_from_steps(
     num_steps = math.prod(jax.tree.leaves(sequences.values)[0].shape[:2])
     seeds = _starts.seeds(key, sequences.values, num_steps, num_states, family, method)
     given = seeds, make, key, sequences, sample_weight, args
-    return _starts.compiled(_around_steps, family, *given)
+    return compiled(_around_steps, family, *given)
 
 
 def _around_steps(
@@ -226,7 +227,7 @@ def _around_steps(
     present = sequences.present
     counted = present if sample_weight is None else present * sample_weight[:, None]
     plain = sample_weight is None and sequences.lengths is None and sequences.observed is None
-    mass = None if plain else counted.reshape(-1).astype(_starts.floating(sequences.values))
+    mass = None if plain else counted.reshape(-1).astype(floating(sequences.values))
     emission, possible = seeds(key, sequences.steps(), mass)
     k = emission.num_components
     uniform = jnp.full(k, 1 / k, float_dtype(emission))

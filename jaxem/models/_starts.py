@@ -8,23 +8,22 @@ mixed data. All of it is pure JAX: it may be jitted, and vmapped over keys.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import Tracer
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxem._core.blocks import map_over_observations, num_observations, substitute
-from jaxem._core.checks import check_sample_weight, check_values, checked_key, is_integer, or_absent
+from jaxem._core.checks import checked_key, is_integer, or_absent
 from jaxem._core.numerics import float_dtype
-from jaxem.emissions._base import AbstractStarting, build, log_prob
+from jaxem.emissions._base import AbstractStarting, log_prob
 from jaxem.emissions._family import settled
 from jaxem.emissions._mixture_emission import MixtureEmission
+from jaxem.emissions._pooled import ones, pooled
 
 
 class Seeds(eqx.Module):
@@ -77,74 +76,6 @@ def seeds(
     return Seeds(settled(family, data), int(num_components), method)
 
 
-def compiled(make: Callable[..., tuple[Any, Array]], family: Any, *args: Any) -> Any:
-    """The model that `make` returns beside which observations are possible, by one program.
-
-    **Raises:** `ValueError` if an observation that counts is known to be impossible.
-    """
-    model, possible = (_compiled_fast if _is_small(args) else _compiled)(make, args)
-    check_values(
-        possible,
-        "the data hold a NaN, an infinity or a value outside the support of "
-        f"{build(family)[0].__name__}; give such observations weight 0, or remove them.",
-    )
-    return model
-
-
-def _called(make: Callable[..., tuple[Any, Array]], args: Any) -> tuple[Any, Array]:
-    model, possible = make(*args)
-    return model, jnp.all(possible)
-
-
-# Without LLVM's optimisations a program compiles twice as fast. It runs up to ten times as long,
-# which is some milliseconds where data are small.
-_compiled = eqx.filter_jit(_called)
-_LITTLE: Any = {"compiler_options": {"xla_backend_optimization_level": 0}}
-_compiled_fast = eqx.filter_jit(_called, **_LITTLE)
-_SMALL = 2**13
-
-
-def _is_small(args: Any) -> bool:
-    """Whether a start is that of few numbers, on CPU, and not part of another program."""
-    leaves = [leaf for leaf in jax.tree.leaves(args) if eqx.is_array(leaf)]
-    inner = any(isinstance(leaf, Tracer) for leaf in leaves)
-    numbers = sum(leaf.size for leaf in leaves)
-    return jax.default_backend() == "cpu" and not inner and numbers <= _SMALL
-
-
-def pooled(
-    data: PyTree[Array], num_components: int, family: Any, sample_weight: Float[Array, " n"] | None
-) -> AbstractStarting:
-    """`num_components` components that are each the fit of one to all the data.
-
-    Integer data of continuous families are refused by the emission's own check.
-    """
-    n = num_observations(data)
-    check_sample_weight(sample_weight, n)
-    cls, keywords = build(family)
-    if sample_weight is None:
-        sample_weight = _ones(n, floating(data))
-    else:
-        if not jnp.issubdtype(sample_weight.dtype, jnp.floating):
-            sample_weight = sample_weight.astype(floating(data))
-        data = substitute(data, sample_weight > 0)
-    components = cls.pooled(data, num_components, sample_weight, **keywords)
-    components.check(data)
-    return components
-
-
-def _ones(n: int, dtype: Any) -> Float[Array, " n"]:
-    """Equal weights, of which the compiler does not know that they are constant: it adds slowly."""
-    return lax.optimization_barrier(jnp.ones(n, dtype))
-
-
-def floating(data: PyTree[Array]) -> Any:
-    """The dtype of the floating data, or JAX's default where there are none."""
-    dtypes = [leaf.dtype for leaf in jax.tree.leaves(data)]
-    dtypes = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
-    return jnp.result_type(*dtypes) if dtypes else jnp.result_type(float)
-
-
 def _seed(
     key: Array,
     data: PyTree[Array],
@@ -158,7 +89,7 @@ def _seed(
     if sample_weight is not None:
         data = substitute(data, sample_weight > 0)
     dtype = float_dtype(whole)
-    mass = _ones(n, dtype) if sample_weight is None else sample_weight.astype(dtype)
+    mass = ones(n, dtype) if sample_weight is None else sample_weight.astype(dtype)
     best = _saturated(whole, data)
     if method == "k-means++":
         indices, closest = _kmeans_plus_plus(key, whole, data, best, mass, num_components)

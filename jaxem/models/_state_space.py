@@ -19,10 +19,11 @@ from typing import Any, ClassVar, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxem._core import linalg as la
 from jaxem._core.blocks import map_over_observations, sum_over_observations
+from jaxem._core.causes import either
 from jaxem._core.checks import checked_key, name_of
 from jaxem._core.conversion import as_arrays
 from jaxem._core.numerics import float_dtype
@@ -231,13 +232,11 @@ class LinearGaussianSSM(AbstractSeparable):
         y = self.emission.sample(output_key, jnp.zeros(len(flat), jnp.int32), inputs=flat)[1]
         return y.reshape(num_sequences, num_steps, -1), z
 
-    def degenerate(self, statistics: Framed) -> Bool[Array, " 1"]:
-        sums = statistics.at(self).sums
-        flags = (
-            getattr(self, name).degenerate(own)
-            for name, own in zip(self.factors, sums, strict=True)
-        )
-        return jnp.any(jnp.stack(list(flags)), axis=0)
+    def degenerate(self, statistics: Framed) -> Int[Array, " 1"]:
+        cause = jnp.zeros(1, jnp.int32)
+        for name, own in zip(self.factors, statistics.at(self).sums, strict=True):
+            cause = either(cause, getattr(self, name).degenerate(own))
+        return cause
 
     # E-step
 
