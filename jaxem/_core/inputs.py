@@ -97,14 +97,14 @@ class InputFrame(eqx.Module):
         """L."""
         return la.inverse_of_lower(self._residual) * self._scale[:, None]
 
-    def _whitener(self) -> Float[Array, "k p p"]:
+    def whitener(self) -> Float[Array, "k p p"]:
         """L⁻¹."""
         return self._residual / self._scale[:, :, None]
 
     def standardized(self, u: Float[Array, "n p"]) -> Float[Array, "k q n"]:
         """ṽ of each observation about each component's own inputs; q = 1 + p."""
         v = u.T - self._origin[:, :, None]
-        v = v / self._scale[:, :, None] if v.shape[1] == 1 else la.matmul(self._whitener(), v)
+        v = v / self._scale[:, :, None] if v.shape[1] == 1 else la.matmul(self.whitener(), v)
         return jnp.pad(v, ((0, 0), (1, 0), (0, 0)), constant_values=1)
 
     def centred(self, coefficients: Array, intercept: Array) -> Float[Array, "k d q"]:
@@ -114,7 +114,7 @@ class InputFrame(eqx.Module):
 
     def uncentred(self, centred: Float[Array, "k d q"]) -> tuple[Array, Array]:
         """The coefficients and the intercept behind the coefficients of ṽ."""
-        coefficients = la.matmul(centred[:, :, 1:], self._whitener())
+        coefficients = la.matmul(centred[:, :, 1:], self.whitener())
         return coefficients, centred[:, :, 0] - la.apply(coefficients, self._origin)
 
     def turn_from(self, old: InputFrame) -> Float[Array, "k q q"]:
@@ -122,7 +122,7 @@ class InputFrame(eqx.Module):
         change = la.matmul(self._residual - old._residual, la.inverse_of_lower(old._residual))
         turn = jnp.eye(change.shape[-1], dtype=change.dtype) + change  # exact where B is the same
         turn = turn * old._scale[:, None] / self._scale[:, :, None]
-        shift = la.apply(self._whitener(), old._origin - self._origin)
+        shift = la.apply(self.whitener(), old._origin - self._origin)
         below = jnp.concatenate([shift[:, :, None], turn], axis=2)
         top = jnp.zeros_like(below[:, :1]).at[:, :, 0].set(1)
         return jnp.concatenate([top, below], axis=1)
@@ -168,7 +168,7 @@ class InputFrame(eqx.Module):
         p = self.mean.shape[1]
         intercept, coefficients = free(module, "intercept"), free(module, "coefficients")
         rows = np.concatenate([intercept[:, None], np.repeat(coefficients[:, None], p, 1)], axis=1)
-        level = la.apply(self._whitener(), self._origin)
+        level = la.apply(self.whitener(), self._origin)
         level = jnp.where((~intercept & coefficients)[:, None], level, 0)
         own = jnp.asarray(rows[:, :, None] * np.eye(1 + p), level.dtype)
         return own + jnp.pad(level[:, :, None], ((0, 0), (1, 0), (0, p)))

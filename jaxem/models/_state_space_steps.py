@@ -64,13 +64,13 @@ def joint_moments(
     t = jnp.concatenate([v, residual.reshape(-1, d).T])
     flat = weight.reshape(-1)
     joint = la.matmul(t * flat, t.T)
-    unit = jnp.exp(factor.inputs.log_scale[0, :n])
-    moved = jnp.tensordot(weight, covariance, 2) / (unit[:, None] * unit)
-    side = jnp.tensordot(weight, cross, 2) / unit
+    turn = factor.inputs.whitener()[0, :, :n]
+    moved = la.matmul(la.matmul(turn, jnp.tensordot(weight, covariance, 2)), turn.T)
+    side = la.matmul(jnp.tensordot(weight, cross, 2), turn.T)
     own = jnp.tensordot(weight, spread, 2)
-    states, residuals = slice(1, 1 + n), slice(1 + p, 1 + p + d)
-    joint = joint.at[states, states].add(moved).at[residuals, residuals].add(own)
-    joint = joint.at[residuals, states].add(side).at[states, residuals].add(side.T)
+    of_inputs, of_residuals = slice(1, 1 + p), slice(1 + p, 1 + p + d)
+    joint = joint.at[of_inputs, of_inputs].add(moved).at[of_residuals, of_residuals].add(own)
+    joint = joint.at[of_residuals, of_inputs].add(side).at[of_inputs, of_residuals].add(side.T)
     return JointMoments(jnp.sum(flat)[None], joint[None])
 
 
