@@ -188,7 +188,8 @@ def weighted_second_moments(
 ) -> tuple[Float[Array, " d"], Array]:
     """Units u and a matrix C of order one such that u C u is the covariance about `mean`.
 
-    With `diagonal` it is the diagonal of C alone. The units keep squares of very large and very small data within the floating range.
+    With `diagonal` it is the diagonal of C alone. The units keep squares of very large and very
+    small data within the floating range.
     """
     present = (sample_weight > 0)[:, None]
     unit = jnp.max(jnp.where(present, jnp.abs(x - mean), 0), axis=0)
