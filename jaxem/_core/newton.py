@@ -27,6 +27,9 @@ from numpy.typing import ArrayLike
 from jaxem._core import linalg as la
 
 
+_NEAR = 0.1  # how far from where a climb ended the maximum can be, relative to 1 + |θ|
+
+
 def maximize_by_newton(
     function: Callable[[Float[Array, " p"], Any], Float[Array, ""]],
     start: Float[Array, " p"],
@@ -64,6 +67,9 @@ def maximize_by_newton(
     def again(theta: Array, _: Any) -> tuple[Array, None]:
         gradient, hessian = derivatives(theta, args)
         step, _ = _newton_step(gradient, hessian, moves & arrived)
+        # where the function is flat, slope and curvature are rounding, and their ratio any number
+        near = jnp.all(jnp.abs(lax.stop_gradient(step)) <= _NEAR * (1 + jnp.abs(found)))
+        step = jnp.where(near, step, 0)
         return jnp.where(moves, jnp.clip(theta + step, *box), theta), None
 
     return lax.scan(again, theta, length=2)[0]  # one program for both steps
