@@ -1,8 +1,8 @@
 """What users hand over, as JAX arrays of the same values, or an error with the line to write.
 
-Arrays of JAX pass as they are. Arrays of other libraries are taken in JAX's dtypes; where those
-cannot hold the values, where entries are masked, and where there are no numbers, `ValueError` is
-raised.
+Arrays of JAX pass as they are; numbers of half precision become float32, which holds them all.
+Arrays of other libraries are taken in JAX's dtypes; where those cannot hold the values, where
+entries are masked, and where there are no numbers, `ValueError` is raised.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from jaxtyping import Array, PyTree
 
 # Rounding of a column, relative to its standard deviation, beyond which it is refused.
 _COARSE = 1e-3
+
+HALF_PRECISION = (jnp.float16, jnp.bfloat16)
 
 
 @runtime_checkable
@@ -44,7 +46,7 @@ def as_arrays(data: PyTree[Any]) -> PyTree[Array]:
 
 def _as_array(leaf: Any) -> Any:
     if isinstance(leaf, jax.Array):
-        return leaf
+        return widened(leaf)
     if isinstance(leaf, JAXSparse):
         raise ValueError(f"data are sparse ({type(leaf).__name__}): write data.todense().")
     if not isinstance(leaf, _SupportsArray):
@@ -60,7 +62,7 @@ def _as_array(leaf: Any) -> Any:
                 "unobserved, as jaxem.Sequences(x)."
             )
         leaf = leaf.data
-    array = np.asarray(leaf)
+    array = widened(np.asarray(leaf))
     if array.dtype == object:
         array = _numbers(array)
     if array.dtype.kind not in "biufc":
@@ -75,6 +77,11 @@ def _as_array(leaf: Any) -> Any:
             f"data are {what.get(array.dtype.kind, 'no numbers')} (dtype {array.dtype}): {advice}."
         )
     return jnp.asarray(_held(array))
+
+
+def widened(array: Any) -> Any:
+    """Numbers of half precision as float32, in which their sums keep their digits."""
+    return array.astype(np.float32) if array.dtype in HALF_PRECISION else array
 
 
 def without_masks(values: PyTree[Any]) -> tuple[PyTree[Any], np.ndarray | None]:
