@@ -46,6 +46,8 @@ TAKEN = {
     "objects that are numbers": lambda: np.array([[1, 2.5], [True, np.float32(3)]], object),
     "long doubles": lambda: np.array([[1.5, 2.0]], np.longdouble),
     "big endian": lambda: np.array([[1.5, 2.0]], ">f8"),
+    "half precision": lambda: np.array([[1.5, 2.0]], np.float16),
+    "half precision of JAX": lambda: jnp.array([[1.5, 2.0]], jnp.bfloat16),
     "booleans": lambda: np.array([[True, False]]),
     "no observations": lambda: np.zeros((0, 2)),
     "NaN and infinity": lambda: np.array([[np.nan, 1.0], [np.inf, 2.0]]),

@@ -1,8 +1,8 @@
 """What users hand over, as JAX arrays of the same values, or an error with the line to write.
 
-Arrays of JAX pass as they are. Arrays of other libraries are taken in JAX's dtypes; where those
-cannot hold the values, where entries are masked, and where there are no numbers, `ValueError` is
-raised.
+Arrays of JAX pass as they are; numbers of half precision become float32, which holds them all.
+Arrays of other libraries are taken in JAX's dtypes; where those cannot hold the values, where
+entries are masked, and where there are no numbers, `ValueError` is raised.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from jaxtyping import Array, PyTree
 
 # Rounding of a column, relative to its standard deviation, beyond which it is refused.
 _COARSE = 1e-3
+
+HALF_PRECISION = (jnp.float16, jnp.bfloat16)
 
 
 @runtime_checkable
@@ -49,7 +51,7 @@ def as_arrays(data: PyTree[Any]) -> PyTree[Array]:
 
 def _as_array(leaf: Any) -> Any:
     if isinstance(leaf, jax.Array):
-        return leaf
+        return widened(leaf)
     if not isinstance(leaf, _SupportsArray):
         if isinstance(leaf, _Sparse | _JAXSparse):
             dense = "toarray" if isinstance(leaf, _Sparse) else "todense"
@@ -64,7 +66,7 @@ def _as_array(leaf: Any) -> Any:
                 "unobserved, as jaxem.Sequences(x)."
             )
         leaf = leaf.data
-    array = np.asarray(leaf)
+    array = widened(np.asarray(leaf))
     if array.dtype == object:
         array = _numbers(array)
     if array.dtype.kind not in "biufc":
@@ -79,6 +81,11 @@ def _as_array(leaf: Any) -> Any:
             f"data are {what.get(array.dtype.kind, 'no numbers')} (dtype {array.dtype}): {advice}."
         )
     return jax.device_put(_held(array))  # `jnp.asarray` would compile a program for it
+
+
+def widened(array: Any) -> Any:
+    """Numbers of half precision as float32, in which their sums keep their digits."""
+    return array.astype(np.float32) if array.dtype in HALF_PRECISION else array
 
 
 def without_masks(values: PyTree[Any]) -> tuple[PyTree[Any], np.ndarray | None]:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from numpy.typing import ArrayLike
 
 from jaxem._core.checks import check_values
+from jaxem._core.conversion import widened
 
 # Expanded quadratics, ‖Wξ‖² − 2 b·Wξ + ‖b‖², cancel: rounding leaves about eps·‖b‖² in each. They
 # are used while d·max‖b‖² is below this, so that at most four digits go.
@@ -30,8 +31,8 @@ def expansion_is_safe(offset: Float[Array, "k d"]) -> Array:
 
 
 def as_float(value: ArrayLike) -> Array:
-    """The value as a floating array: integers take JAX's default floating dtype."""
-    value = jnp.asarray(value)
+    """The value as a floating array, float32 at least: integers take JAX's default dtype."""
+    value = widened(jnp.asarray(value))
     return value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(float)
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxem._core.blocks import num_observations, total_weight
 from jaxem._core.checks import check_sample_weight, name_of, or_absent
-from jaxem._core.conversion import as_arrays
+from jaxem._core.conversion import HALF_PRECISION, as_arrays
 from jaxem._core.numerics import divide, float_dtype
 from jaxem._core.parameters import replace
 from jaxem._core.statistics import Framed
@@ -103,11 +103,16 @@ def as_problem(
         return given
     if not isinstance(model, AbstractModel):
         raise ValueError(f"expected a model, then the data; got {name_of(model)} first.")
+    if (dtype := float_dtype(model)) in HALF_PRECISION:
+        raise ValueError(
+            f"the model has parameters of dtype {dtype}, in which sums lose their digits: write "
+            "jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model)."
+        )
     model.check(given.data)
     weight, prior = given.sample_weight, given.prior
     check_sample_weight(weight, given.num_observations)
     if weight is not None:
-        weight = weight.astype(float_dtype(model))
+        weight = weight.astype(dtype)
     if isinstance(model, Alone):
         prior = framed_alone(prior)
     if prior is not None and _kind(prior.frame) != _kind(model):
