@@ -32,8 +32,8 @@ def expansion_is_safe(offset: Float[Array, "k d"]) -> Array:
 
 def as_float(value: ArrayLike) -> Array:
     """The value as a floating array, float32 at least: integers take JAX's default dtype."""
-    value = widened(jnp.asarray(value))
-    return value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(float)
+    found: Array = widened(jnp.asarray(value))
+    return found if jnp.issubdtype(found.dtype, jnp.floating) else found.astype(float)
 
 
 def centroid(mean: Float[Array, "k d"]) -> Float[Array, " d"]:
