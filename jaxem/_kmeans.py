@@ -23,6 +23,7 @@ from jaxem._core.checks import (
     num_features,
     or_absent,
 )
+from jaxem._core.compilation import filter_jit
 from jaxem._core.conversion import as_arrays
 from jaxem._core.freezing import freeze
 from jaxem._core.numerics import finite
@@ -100,7 +101,7 @@ def kmeans(
     return _best(runs, x, sample_weight)
 
 
-@eqx.filter_jit
+@filter_jit(optimized=False)
 def _starts(
     key: Array, x: Array, num_clusters: int, sample_weight: Array | None, num_restarts: int
 ) -> tuple[Mixture, Bool[Array, ""]]:
@@ -116,7 +117,7 @@ def _starts(
     return models, jnp.all(or_absent(finite(x), sample_weight))
 
 
-@eqx.filter_jit
+@filter_jit(optimized=False)
 def _best(runs: Solution, x: Array, sample_weight: Array | None) -> KMeans:
     # Starts differ in the scale they hold, which is no part of k-means: compare inertias.
     centroids = runs.model.components.mean

@@ -16,6 +16,7 @@ from jaxem._core.checks import (
     checked_key,
     is_integer,
 )
+from jaxem._core.compilation import filter_jit
 from jaxem._core.numerics import float_dtype
 from jaxem._core.parameters import replace
 from jaxem._core.statistics import Framed
@@ -113,7 +114,7 @@ def fit(
     return solution
 
 
-@eqx.filter_jit
+@filter_jit()
 def _fit(loop: Loop, inputs: Inputs, adjoint: AbstractAdjoint) -> tuple[Solution, Array]:
     """The solution, and whether there is none to speak of."""
     final = adjoint(loop, inputs)

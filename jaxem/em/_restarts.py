@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxem._core.blocks import lanes_at_once
 from jaxem._core.checks import check_count, checked_key, name_of
+from jaxem._core.compilation import filter_jit
 from jaxem._core.conversion import as_arrays
 from jaxem._core.statistics import Framed
 from jaxem.em._algorithm import AbstractAlgorithm
@@ -167,7 +168,7 @@ class _Lanes(eqx.Module):
         )
 
 
-@eqx.filter_jit
+@filter_jit()
 def _in_batches(lanes: _Lanes, num_lanes: int, batch: int) -> Solution:
     return lax.map(lanes.fit, jnp.arange(num_lanes), batch_size=batch)
 

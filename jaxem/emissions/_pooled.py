@@ -3,15 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 from jaxem._core.blocks import num_observations, substitute
 from jaxem._core.checks import check_sample_weight, check_values
+from jaxem._core.compilation import filter_jit
 from jaxem.emissions._base import AbstractStarting, build
 
 
@@ -20,7 +19,7 @@ def compiled(make: Callable[..., tuple[Any, Array]], family: Any, *args: Any) ->
 
     **Raises:** `ValueError` if an observation that counts is known to be impossible.
     """
-    model, possible = (_compiled_fast if _is_small(args) else _compiled)(make, args)
+    model, possible = _compiled(make, args)
     check_values(
         possible,
         "the data hold a NaN, an infinity or a value outside the support of "
@@ -29,25 +28,10 @@ def compiled(make: Callable[..., tuple[Any, Array]], family: Any, *args: Any) ->
     return model
 
 
-def _called(make: Callable[..., tuple[Any, Array]], args: Any) -> tuple[Any, Array]:
+@filter_jit(optimized=False)
+def _compiled(make: Callable[..., tuple[Any, Array]], args: Any) -> tuple[Any, Array]:
     model, possible = make(*args)
     return model, jnp.all(possible)
-
-
-# Without LLVM's optimisations a program compiles twice as fast. It runs up to ten times as long,
-# which is some milliseconds where data are small.
-_compiled = eqx.filter_jit(_called)
-_LITTLE: Any = {"compiler_options": {"xla_backend_optimization_level": 0}}
-_compiled_fast = eqx.filter_jit(_called, **_LITTLE)
-_SMALL = 2**13
-
-
-def _is_small(args: Any) -> bool:
-    """Whether a start is that of few numbers, on CPU, and not part of another program."""
-    leaves = [leaf for leaf in jax.tree.leaves(args) if eqx.is_array(leaf)]
-    inner = any(isinstance(leaf, Tracer) for leaf in leaves)
-    numbers = sum(leaf.size for leaf in leaves)
-    return jax.default_backend() == "cpu" and not inner and numbers <= _SMALL
 
 
 def pooled(
