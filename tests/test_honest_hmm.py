@@ -419,7 +419,7 @@ CONSTRUCTORS = {
     "a prior of no factor": (lambda: MODEL.prior(weights=1.0), "no factor of HMM"),
     "a number for a transition": (lambda: MODEL.prior(transition=1.0), "model.transition.prior"),
     "a negative precision": (lambda: DRIVEN.transition.prior(precision=-1.0), "precision"),
-    "a draw of no step": (lambda: MODEL.sample(KEY, 2, 0), "1 or more steps"),
+    "a draw of no step": (lambda: MODEL.sample(KEY, 2, 0), "num_steps must be"),
     "a draw without inputs": (lambda: DRIVEN.sample(KEY, B, T), "needs inputs"),
     "a draw of other inputs": (lambda: DRIVEN.sample(KEY, B, 3, U), r"expected \(4, 3, p\)"),
     "a start that stays too much": (lambda: init(stay=1.5)(X), "non-negative"),

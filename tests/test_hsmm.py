@@ -573,7 +573,7 @@ def test_newton_climbs_where_the_function_is_not_concave_and_stays_in_its_box():
         ),
         (
             lambda: model_of(FAMILIES["poisson"](3)).sample(jax.random.key(0), 1, 0),
-            "1 or more steps",
+            "num_steps must be an integer ≥ 1",
         ),
         (lambda: model_of(FAMILIES["poisson"](3)).log_prob(np.ones((4, 5))), "have shape"),
     ],

@@ -71,6 +71,68 @@ WRONG = {
         "one array or more",
     ),
     "parameters of one axis": (lambda: emissions.Poisson([2.0, 6.0]), r"\[\[2.0\], \[6.0\]\]"),
+    "parameters of text": (lambda: emissions.Gaussian("mean", [np.eye(2)]), "mean must be real"),
+    "no parameters at all": (lambda: jaxem.Mixture(None, MODEL.components), "weights must be real"),
+    "rows of different lengths": (
+        lambda: emissions.Gaussian([[0.0, 0.0], [1.0]], [np.eye(2)] * 2),
+        "all rows of one length",
+    ),
+    "complex parameters": (lambda: emissions.Poisson([[2.0j]]), "rate must be real numbers"),
+    "a number as text": (
+        lambda: emissions.StudentT([[0.0, 0.0]], [np.eye(2)], "5"),
+        "degrees_of_freedom must be real|must be real numbers",
+    ),
+    "transitions by a name": (
+        lambda: jaxem.HMM([0.5, 0.5], "left to right", HMM.emission),
+        "transition matrix must be real",
+    ),
+    "a prior of text": (lambda: MODEL.components.prior("1"), "count must be real numbers"),
+    "half a draw": (lambda: MODEL.sample(KEY, 10.5), "n must be an integer ≥ 0"),
+    "less than no draw": (lambda: MODEL.sample(KEY, -1), "n must be an integer ≥ 0"),
+    "a traced number of draws": (
+        lambda: jax.jit(lambda n: MODEL.sample(KEY, n))(3),
+        "n must be an integer ≥ 0",
+    ),
+    "half a step": (lambda: HMM.sample(KEY, 3, 5.5), "num_steps must be an integer ≥ 1"),
+    "lengths of text": (lambda: jaxem.Sequences(COUNTS, lengths="abc"), "one integer for each"),
+    "traced cuts": (
+        lambda: jax.jit(lambda n: jaxem.Sequences.split(COUNTS[0], n).values)(jnp.array([1, 5])),
+        "cannot be traced",
+    ),
+    "weights in a list": (
+        lambda: jaxem.fit(MODEL, X, sample_weight=[1.0] * 30),
+        r"got list; write np.asarray\(sample_weight\)",
+    ),
+    "a temperature of text": (lambda: em.Tempered("2"), "temperature must be one number"),
+    "a schedule of text": (lambda: em.Geometric("5", 0.9), "start must be one number"),
+    "a rate of text": (lambda: em.Power("a"), "exponent must be one number"),
+    "a growth of text": (lambda: em.Overrelaxed(growth="2"), "growth must be one number"),
+    "truncated by text": (lambda: em.Truncated("5"), "num_steps, of Truncated, must be an integer"),
+    "a solver by its name": (lambda: em.Implicit("cg"), "linear_solver must be one such as GCR"),
+    "a tolerance of text": (lambda: em.GCR("1e-3"), "rtol, of GCR, must be one number"),
+    "no short steps": (
+        lambda: jaxem.fit_best(
+            jaxem.Mixture.init, KEY, X, 2, emissions.Gaussian, num_starts=2, short_steps=0
+        ),
+        "short_steps must be an integer ≥ 1",
+    ),
+    "influence of a name": (
+        lambda: jaxem.inference.influence("mean", MODEL, X),
+        "a function of the fitted model first",
+    ),
+    "a log-joint without parameters": (
+        lambda: jaxem.from_log_joint(lambda p, x: x, None),
+        "one array or more",
+    ),
+    "an order of floats": (lambda: jaxem.models.reorder(MODEL, [0.0, 1.0]), "must hold integers"),
+    "a model in half precision": (
+        lambda: jaxem.fit(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), MODEL), X),
+        "astype.jnp.float32",
+    ),
+    "a traced status": (
+        lambda: jax.jit(lambda x: jaxem.fit(MODEL, x, max_steps=1, throw=False).status)(X),
+        "inside jit or vmap ask",
+    ),
     "one observation": (lambda: MODEL.log_prob(X[0]), r"x\[None\] for one observation"),
 }
 
@@ -89,4 +151,7 @@ def test_integers_of_numpy_are_integers():
 
 
 def test_a_result_prints_its_name():
-    assert "converged" in str(jaxem.fit(MODEL, X).result)
+    result = jaxem.fit(MODEL, X).result
+    assert "<converged: " in str(result)
+    with pytest.raises(ValueError):  # never False, whatever the result
+        _ = result == "converged"

@@ -26,6 +26,7 @@ from jaxem._core.causes import caused
 from jaxem._core.checks import check_shape, check_values
 from jaxem._core.numerics import (
     ROUNDINGS,
+    as_float,
     centroid,
     divide,
     expansion_is_safe,
@@ -196,7 +197,7 @@ def axis_scale(
 
     **Raises:** `ValueError` for another shape, or variances that are not positive.
     """
-    variance, own = jnp.asarray(value, like.dtype), like.shape[: 2 - spherical]
+    variance, own = as_float(value, name, like.dtype), like.shape[: 2 - spherical]
     shared = variance.ndim == len(own) - 1 if shared is None else shared
     if shared:
         check_shape(f"{name} (shared by the components)", variance, own[1:])

@@ -88,8 +88,9 @@ def check_sample_weight(sample_weight: Any, n: int) -> None:
         return
     if not eqx.is_array(sample_weight) or sample_weight.shape != (n,):
         shape = sample_weight.shape if eqx.is_array(sample_weight) else name_of(sample_weight)
+        advice = "" if eqx.is_array(sample_weight) else "; write np.asarray(sample_weight)"
         raise ValueError(
-            f"sample_weight needs one entry per observation, shape ({n},); got {shape}."
+            f"sample_weight needs one entry per observation, shape ({n},); got {shape}{advice}."
         )
     if sample_weight.dtype.kind == "c":
         raise ValueError(f"sample_weight must be real, got {sample_weight.dtype}.")
@@ -150,14 +151,19 @@ def name_of(value: Any) -> str:
     return value.__name__ if isinstance(value, type) else type(value).__name__
 
 
-def check_nonnegative(name: str, value: Any) -> None:
-    """Raises unless `value` is one number, and not negative where that is known."""
-    number = isinstance(value, int | float) or (
+def check_number(name: str, value: Any, which: str = "") -> None:
+    """Raises unless `value` is one real number; `which` says what else it must be."""
+    number = isinstance(value, int | float | np.integer | np.floating) or (
         eqx.is_array(value) and value.shape == () and not jnp.issubdtype(value.dtype, complex)
     )
     if not number:
         got = f"an array of shape {jnp.shape(value)}" if eqx.is_array(value) else repr(value)
-        raise ValueError(f"{name} must be one number, not negative; got {got}.")
+        raise ValueError(f"{name} must be one number{which}; got {got}.")
+
+
+def check_nonnegative(name: str, value: Any) -> None:
+    """Raises unless `value` is one number, and not negative where that is known."""
+    check_number(name, value, ", not negative")
     if not isinstance(value, Tracer) and not value >= 0:
         raise ValueError(f"{name} must not be negative, got {value}.")
 

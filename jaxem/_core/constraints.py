@@ -207,7 +207,7 @@ def leaves_of(parameters: Mapping[str, Any], /, **values: ArrayLike) -> dict[str
     sizes: dict[str, int] = {}
     dtype, leaves = None, {}
     for name, value in values.items():
-        value = as_float(value) if dtype is None else jnp.asarray(value, dtype)
+        value = as_float(value, name, dtype)
         dtype = value.dtype
         leaves[parameters[name].leaf] = parameters[name].checked(name, value, sizes)
     return leaves

@@ -30,6 +30,7 @@ from jaxem._core.checks import check_shape, check_values
 from jaxem._core.numerics import (
     ROUNDINGS,
     TERMS_LIMIT,
+    as_float,
     centroid,
     divide,
     expansion_is_safe,
@@ -307,7 +308,7 @@ def full_scale(
 
     **Raises:** `ValueError` for another shape, or what is no covariance.
     """
-    covariance, (k, d) = jnp.asarray(value, like.dtype), like.shape
+    covariance, (k, d) = as_float(value, name, like.dtype), like.shape
     shared = covariance.ndim == 2 if shared is None else shared
     check_shape(name, covariance, (d, d) if shared else (k, d, d))
     covariance = covariance.reshape(-1, d, d)

@@ -30,10 +30,21 @@ def expansion_is_safe(offset: Float[Array, "k d"]) -> Array:
     return offset.shape[1] * jnp.max(jnp.sum(offset**2, axis=1)) < EXPANSION_LIMIT
 
 
-def as_float(value: ArrayLike) -> Array:
-    """The value as a floating array, float32 at least: integers take JAX's default dtype."""
-    found: Array = widened(jnp.asarray(value))
-    return found if jnp.issubdtype(found.dtype, jnp.floating) else found.astype(float)
+def as_float(value: ArrayLike, name: str = "a parameter", dtype: Any = None) -> Array:
+    """The value as a floating array, float32 at least: integers take JAX's default dtype.
+
+    **Raises:** `ValueError` for what is no array of real numbers, by its name.
+    """
+    try:
+        array = widened(jnp.asarray(value))
+    except (TypeError, ValueError):  # text, None, rows of different lengths
+        array = None
+    if array is None or jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise ValueError(
+            f"{name} must be real numbers, all rows of one length; got {repr(value)[:60]}."
+        )
+    whole = not jnp.issubdtype(array.dtype, jnp.floating)
+    return array.astype(dtype or (float if whole else array.dtype))
 
 
 def centroid(mean: Float[Array, "k d"]) -> Float[Array, " d"]:
@@ -56,7 +67,7 @@ def pseudo_count(name: str, value: ArrayLike, like: Array) -> Array:
 
 def filled(name: str, value: ArrayLike, like: Array) -> Array:
     """The value in the shape and dtype of `like`. Raises `ValueError` if it does not broadcast."""
-    value = jnp.asarray(value, like.dtype)
+    value = as_float(value, name, like.dtype)
     try:
         return jnp.broadcast_to(value, like.shape)
     except ValueError:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxem._core.checks import check_count
+from jaxem._core.checks import check_count, check_number
 
 
 class AbstractSchedule(eqx.Module):
@@ -35,6 +35,9 @@ class Constant(AbstractSchedule):
 
     value: float = eqx.field(static=True)
 
+    def __check_init__(self):
+        check_number("value", self.value)
+
     def __call__(self, step):
         return jnp.asarray(self.value, float)
 
@@ -56,6 +59,8 @@ class Power(AbstractSchedule):
 
     def __check_init__(self):
         check_count("burn_in", self.burn_in, 0)
+        check_number("exponent", self.exponent)
+        check_number("offset", self.offset)
         if not (self.exponent > 0 and self.offset > 0):
             raise ValueError(f"Power needs a positive exponent and offset, got {self}.")
 
@@ -76,6 +81,8 @@ class Geometric(AbstractSchedule):
     end: float = eqx.field(static=True, default=1.0)
 
     def __check_init__(self):
+        for name, value in vars(self).items():
+            check_number(name, value)
         if not (self.start > 0 and self.factor > 0 and self.end > 0):
             raise ValueError(f"Geometric needs positive numbers, got {self}.")
         away = self.factor >= 1 if self.start > self.end else self.factor <= 1
@@ -98,6 +105,8 @@ class Linear(AbstractSchedule):
     slope: float = eqx.field(static=True)
 
     def __check_init__(self):
+        check_number("start", self.start)
+        check_number("slope", self.slope)
         if not (self.start > 0 and self.slope >= 0):
             raise ValueError(f"Linear needs a positive start and no negative slope, got {self}.")
 

@@ -10,6 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PyTree
 from numpy.typing import ArrayLike
 
@@ -130,6 +131,8 @@ class Sequences(eqx.Module):
         **Raises:** `ValueError` for lengths that do not sum to n.
         """
         n = _length(values)
+        if isinstance(lengths, Tracer) or isinstance(starts, Tracer):
+            raise ValueError("split cuts where lengths or starts say: they cannot be traced.")
         if (lengths is None) == (starts is None):
             raise ValueError("split needs either the lengths of the sequences or their starts.")
         if starts is not None:
@@ -244,7 +247,7 @@ def _batch_shape(values: PyTree[Array]) -> tuple[int, int]:
 
 
 def _checked_lengths(lengths: ArrayLike, b: int, t: int) -> Int[Array, " b"]:
-    lengths = jnp.asarray(lengths)
+    lengths = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
     if lengths.shape != (b,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise ValueError(
             f"lengths must be one integer for each of {b} sequences; got shape {lengths.shape} "
@@ -252,7 +255,7 @@ def _checked_lengths(lengths: ArrayLike, b: int, t: int) -> Int[Array, " b"]:
         )
     within = (lengths >= 0) & (lengths <= t)
     check_values(within, f"lengths must lie between 0 and the {t} steps that values hold.")
-    return lengths.astype(jnp.int32)
+    return jnp.asarray(lengths, jnp.int32)
 
 
 def _length(sequence: PyTree[Any]) -> int:

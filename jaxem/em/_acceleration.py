@@ -17,6 +17,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, PyTree
 
+from jaxem._core.checks import check_number
 from jaxem._core.numerics import float_dtype
 from jaxem._core.parameters import estimates, free_numbers, replace, within_bounds
 from jaxem.em._algorithm import AbstractAlgorithm, State
@@ -199,6 +200,7 @@ class Overrelaxed(AbstractAccelerated):
 
     def __check_init__(self):
         check_em(self.em, "Overrelaxed")
+        check_number("growth", self.growth)
         if not self.growth > 1:
             raise ValueError(f"the factor of Overrelaxed must grow: growth > 1, got {self.growth}.")
 

@@ -24,6 +24,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
+from jaxem._core.checks import check_count
 from jaxem._core.parameters import with_frozen
 from jaxem._core.statistics import Framed
 from jaxem.em._algorithm import State
@@ -89,8 +90,7 @@ class Truncated(AbstractAdjoint):
     num_steps: int = eqx.field(static=True, default=1)
 
     def __check_init__(self):
-        if self.num_steps < 1:
-            raise ValueError(f"Truncated needs at least one step, got {self.num_steps}.")
+        check_count("num_steps, of Truncated,", self.num_steps)
 
     def __call__(self, loop: Loop, inputs: PyTree[Array]) -> Any:
         final = _stopped(loop.run(_stopped(inputs)))
@@ -123,6 +123,12 @@ class Implicit(AbstractAdjoint):
 
     linear_solver: lx.AbstractLinearSolver = GCR()
     throw: bool = eqx.field(static=True, default=True)
+
+    def __check_init__(self):
+        if not isinstance(self.linear_solver, lx.AbstractLinearSolver):
+            raise ValueError(
+                f"linear_solver must be one such as GCR(), got {self.linear_solver!r}."
+            )
 
     def __call__(self, loop: Loop, inputs: PyTree[Array]) -> Any:
         @eqx.filter_custom_jvp

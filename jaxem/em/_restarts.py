@@ -118,6 +118,8 @@ def fit_restarts(
     problem = data if isinstance(data, Problem) else Problem(data, sample_weight, prior)
     short_key, key = (None, None) if key is None else jax.random.split(checked_key(key))
     if short_steps is not None:
+        check_count("short_steps", short_steps)
+        check_count("num_polished", num_polished)
         if not 1 <= num_polished <= num_lanes:
             raise ValueError(f"num_polished must be between 1 and {num_lanes}, got {num_polished}.")
         runs = _Lanes(models, short_key, problem, algorithm, tol, short_steps).run(num_lanes)

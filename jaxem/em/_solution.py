@@ -15,34 +15,40 @@ from jaxem._core.statistics import Framed
 
 
 class RESULTS(eqx.Enumeration):
-    """How a fit ended. Under vmap each lane has a result of its own."""
+    """How a fit ended, a name and what it means. Under vmap each lane has a result of its own."""
 
-    converged = "The fit converged."
+    converged = "converged: The fit converged."
     max_steps_reached = (
+        "max_steps_reached: "
         "The fit did not converge within max_steps: raise max_steps, or tol if the error is small "
         "enough already."
     )
     nonfinite = (
+        "nonfinite: "
         "The fit met a NaN or an infinity; the state before that step is returned. Likely a "
         "parameter that the dtype cannot represent (rescale the data or use float64), or a start "
         "at which the data are impossible."
     )
     decreased = (
+        "decreased: "
         "The objective fell by more than rounding; the state before that step is returned. Likely "
         "the M-step does not maximise, or the E-step does not belong to the same model."
     )
     degenerate = (
+        "degenerate: "
         "A component rests on too few observations or on hardly any variance, or its coefficients "
         "grow for ever: there the likelihood may have no maximum. `causes` of the solution says "
         "which and why. Try other starts, fewer components, a shared covariance or a prior; if a "
         "component is meant to be so narrow, lower min_spread."
     )
     invalid_data = (
+        "invalid_data: "
         "The data hold a NaN, an infinity or a value outside the family's support; give such "
         "observations weight 0, or remove them. (Of sequences, model.first_impossible(data) gives "
         "the step.)"
     )
     invalid_sample_weight = (
+        "invalid_sample_weight: "
         "sample_weight holds a NaN, an infinity or a negative number, or no positive one."
     )
 
@@ -179,7 +185,15 @@ def is_any(result: RESULTS, *members: RESULTS) -> Array:
 
 
 def _names(result: RESULTS) -> Any:
-    """The name of a result, or an array of names."""
+    """The name of a result, or an array of names.
+
+    **Raises:** `ValueError` where it is traced.
+    """
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(result)):
+        raise ValueError(
+            "status is a word, which a traced fit does not have: inside jit or vmap ask "
+            "solution.converged or solution.result == RESULTS.degenerate, or ask outside."
+        )
     flags = [np.asarray(result == getattr(RESULTS, name)) for name in STATUSES]
     index = np.argmax(flags, axis=0)
     names = np.array(STATUSES)[index]

@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxem._core import linalg as la
+from jaxem._core.checks import check_count, check_nonnegative
 
 
 class _Iterative(lx.AbstractLinearSolver[Any]):
@@ -43,6 +44,12 @@ class GCR(_Iterative):
     rtol: float | None = None
     max_steps: int = 500
     basis: int = 40
+
+    def __check_init__(self):
+        if self.rtol is not None:
+            check_nonnegative("rtol, of GCR,", self.rtol)
+        check_count("max_steps", self.max_steps)
+        check_count("basis", self.basis)
 
     def compute(self, state, vector, options):
         operator = state
@@ -89,6 +96,10 @@ class Neumann(_Iterative):
 
     rtol: float = 1e-10
     max_steps: int = 10_000
+
+    def __check_init__(self):
+        check_nonnegative("rtol, of Neumann,", self.rtol)
+        check_count("max_steps", self.max_steps)
 
     def compute(self, state, vector, options):
         operator = state

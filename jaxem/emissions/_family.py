@@ -155,7 +155,7 @@ class AbstractConjugateFamily(AbstractFamily):
 
     def _times(self, name: str, count: ArrayLike, leaf: Array) -> Array:
         """The leaf of sums of one observation, for so many of each component, or each entry."""
-        count, k = as_float(count).astype(leaf.dtype), self.num_components
+        count, k = as_float(count, name, leaf.dtype), self.num_components
         if count.ndim > 1:
             return pseudo_count(name, count, leaf) * leaf
         count = pseudo_count(name, count, jnp.zeros(k, leaf.dtype))

@@ -47,7 +47,7 @@ class MixtureEmission(AbstractNested, AbstractStarting, Generic[Emission]):
     components: Emission
 
     def __init__(self, weights: ArrayLike, components: Emission):
-        weights = as_float(weights)
+        weights = as_float(weights, "weights")
         logits = _WEIGHTS.checked("weights", weights, {})
         if components.num_components != weights.size:
             raise ValueError(

@@ -3,12 +3,12 @@
 from typing import ClassVar
 
 import equinox as eqx
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 from numpy.typing import ArrayLike
 
 from jaxem._core.constraints import leaves_of
 from jaxem._core.dense_scales import pooled_full_scale
+from jaxem._core.numerics import as_float
 from jaxem._core.parameters import Frozen
 from jaxem._core.parsimonious import Parsimonious
 from jaxem._core.scales import MIN_SPREAD
@@ -59,7 +59,7 @@ class ParsimoniousGaussian(AbstractGaussian):
         min_spread: float = MIN_SPREAD,
     ):
         self.mean, self.frozen = leaves_of(self.parameters, mean=mean)["mean"], ()
-        covariance = jnp.asarray(covariance, self.mean.dtype)
+        covariance = as_float(covariance, "covariance", self.mean.dtype)
         self.structure = Parsimonious.from_covariance(structure, covariance, min_spread)
 
     @property

@@ -56,7 +56,7 @@ class LogisticTransition(AbstractTransition):
     frozen: Frozen = eqx.field(static=True)
 
     def __init__(self, baseline: ArrayLike, coefficients: ArrayLike | int):
-        baseline = as_float(baseline)
+        baseline = as_float(baseline, "baseline")
         size = max(baseline.shape[0], 1) if baseline.ndim else 1
         check_shape("baseline", baseline, (size, size))
         if isinstance(coefficients, int) and coefficients > 0:

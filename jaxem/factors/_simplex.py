@@ -44,7 +44,9 @@ class Simplex(AbstractFactor):
         self, probability: ArrayLike, *, size: int | None = None, name: str = "probability"
     ):
         sizes = {} if size is None else {"k": size}
-        self.logits = self.parameters["probability"].checked(name, as_float(probability), sizes)
+        self.logits = self.parameters["probability"].checked(
+            name, as_float(probability, name), sizes
+        )
         self.frozen = ()
 
     @property

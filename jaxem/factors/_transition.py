@@ -84,7 +84,7 @@ class Transition(AbstractTransition):
         mask: ArrayLike | None = None,
         tied: Sequence[int] | None = None,
     ):
-        matrix = as_float(matrix)
+        matrix = as_float(matrix, "transition matrix")
         k = len(matrix) if matrix.ndim else 1
         logits = self.parameters["matrix"].checked("transition matrix", matrix, {"k": max(k, 1)})
         labels = list(range(k)) if tied is None else np.atleast_1d(tied).tolist()
@@ -116,7 +116,7 @@ class Transition(AbstractTransition):
     def sticky(cls, num_states: int, stay: ArrayLike = 0.9) -> Self:
         """Each state stays with probability `stay`, and goes to all others alike."""
         k = num_states
-        stay = as_float(stay) if k > 1 else jnp.ones_like(as_float(stay))
+        stay = as_float(stay, "stay") if k > 1 else jnp.ones_like(as_float(stay, "stay"))
         eye = jnp.eye(k, dtype=stay.dtype)
         return cls(stay * eye + (1 - stay) * (1 - eye) / max(k - 1, 1), np.ones((k, k), bool))
 
@@ -126,7 +126,7 @@ class Transition(AbstractTransition):
         k = num_states
         ahead = np.arange(k) - np.arange(k)[:, None]
         jumps = (ahead > 0) & (ahead <= max_jump)
-        stay = jnp.where(jumps.any(axis=1), as_float(stay), 1.0)[:, None]
+        stay = jnp.where(jumps.any(axis=1), as_float(stay, "stay"), 1.0)[:, None]
         eye = jnp.eye(k, dtype=stay.dtype)
         shares = jnp.asarray(jumps / np.maximum(jumps.sum(axis=1, keepdims=True), 1), stay.dtype)
         return cls(stay * eye + (1 - stay) * shares, jumps | np.eye(k, dtype=bool))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jaxem._core.checks import name_of
 from jaxem._core.numerics import float_dtype
 from jaxem._core.parameters import replace
 from jaxem._core.statistics import Framed
@@ -50,6 +51,11 @@ def influence(
 
     Jaeckel (1972), Bell Labs memorandum; Giordano et al. (2019), AISTATS.
     """
+    if not callable(functional):
+        raise ValueError(
+            "influence takes a function of the fitted model first, as in lambda model: "
+            f"model.weights; got {name_of(functional)}."
+        )
     model, problem = possible_problem(fitted, data, sample_weight, prior)
     weight = problem.sample_weight
     if weight is None:

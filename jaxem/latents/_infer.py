@@ -11,7 +11,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from jaxem._core.checks import check_values
+from jaxem._core.checks import check_number, check_values
 
 
 class AbstractPosterior(eqx.Module):
@@ -54,6 +54,7 @@ class Tempered(AbstractPosterior):
     temperature: Float[Array, ""] | float
 
     def __check_init__(self):
+        check_number("temperature", self.temperature)
         check_values(jnp.asarray(self.temperature) > 0, "a temperature must be positive.")
 
 

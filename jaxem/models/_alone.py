@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxem._core.blocks import num_observations
-from jaxem._core.checks import checked_key, name_of
+from jaxem._core.checks import check_count, checked_key, name_of
 from jaxem._core.statistics import Framed
 from jaxem.emissions._base import AbstractEmission, Emission, width
 from jaxem.models._base import AbstractModel
@@ -49,6 +49,7 @@ class Alone(AbstractMixture, Generic[Emission]):
 
     def sample(self, key: Array, n: int, **options: Any) -> tuple[PyTree[Array], Array]:
         """n draws of x, and the component of each, 0; `options` go to the emission."""
+        check_count("n", n, 0)
         z = jnp.zeros(n, jnp.int32)
         return self.emission.sample(checked_key(key), z, **options), z
 

@@ -34,7 +34,7 @@ from jaxem.models._order import reordered
 from jaxem.models._sequences import (
     AbstractSequenceModel,
     check_num_states,
-    check_num_steps,
+    check_size,
     checked_emission,
     log_prob_of_steps,
     start_from_steps,
@@ -172,7 +172,7 @@ class HMM(AbstractSequenceModel, Generic[Emission]):
         self, key: Array, n: int, num_steps: int, inputs: Float[Array, "n t p"] | None = None
     ) -> tuple[PyTree[Array], Int[Array, "n t"]]:
         """n sequences of `num_steps` steps, and the states that they come from."""
-        check_num_steps(num_steps)
+        check_size(n, num_steps)
         self.transition.check(inputs)
         if inputs is not None and inputs.shape[:2] != (n, num_steps):
             raise ValueError(f"inputs have shape {inputs.shape}; expected ({n}, {num_steps}, p).")

@@ -35,7 +35,7 @@ from jaxem.models._composite import AbstractSeparable
 from jaxem.models._sequences import (
     AbstractSequenceModel,
     check_num_states,
-    check_num_steps,
+    check_size,
     checked_emission,
     start_from_steps,
 )
@@ -112,7 +112,7 @@ class HSMM(AbstractSequenceModel, AbstractSeparable, Generic[Emission]):
 
     def sample(self, key: Array, n: int, num_steps: int) -> tuple[PyTree[Array], Int[Array, "n t"]]:
         """n sequences of `num_steps` steps, and the states that they come from."""
-        check_num_steps(num_steps)
+        check_size(n, num_steps)
         z_key, x_key = jax.random.split(checked_key(key))
         log_initial = self._initial.canonical()
         log_matrix = la.floored_log(self.transition.matrix)
@@ -173,7 +173,7 @@ class HSMM(AbstractSequenceModel, AbstractSeparable, Generic[Emission]):
 def _between_segments(transition: ArrayLike | Transition, k: int) -> Transition:
     """Transitions that are known never to lead from a state to itself."""
     if not isinstance(transition, Transition):
-        matrix = as_float(transition)
+        matrix = as_float(transition, "transition matrix")
         check_shape("transition matrix", matrix, (k, k))
         check_values(jnp.diagonal(matrix) == 0, _NO_RETURN)
         values, others = concrete(matrix), ~np.eye(k, dtype=bool)

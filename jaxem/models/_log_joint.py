@@ -111,4 +111,6 @@ def from_log_joint(
     """
     if not callable(log_joint):
         raise ValueError(f"log_joint must be a function of params and data, got {log_joint!r}.")
+    if not jax.tree.leaves(params):
+        raise ValueError(f"params must hold one array or more, got {params!r}.")
     return LogJointModel(jax.tree.map(as_float_array, params), log_joint)

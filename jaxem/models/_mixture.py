@@ -22,7 +22,14 @@ from numpy.typing import ArrayLike
 from jaxem._core import linalg as la
 from jaxem._core.blocks import num_observations, substitute
 from jaxem._core.causes import caused, either
-from jaxem._core.checks import check_shape, check_values, checked_key, concrete, or_absent
+from jaxem._core.checks import (
+    check_count,
+    check_shape,
+    check_values,
+    checked_key,
+    concrete,
+    or_absent,
+)
 from jaxem._core.conversion import as_arrays
 from jaxem._core.numerics import float_dtype
 from jaxem._core.parameters import free, replace
@@ -82,6 +89,7 @@ class Mixture(AbstractMixture, Generic[Emission]):
 
     def sample(self, key: Array, n: int) -> tuple[PyTree[Array], Int[Array, " n"]]:
         """n draws of x, and the components z that they come from."""
+        check_count("n", n, 0)
         z_key, x_key = jax.random.split(checked_key(key))
         z = jax.random.categorical(z_key, self._weights.logits, shape=(n,))
         return self.components.sample(x_key, z), z

@@ -35,7 +35,11 @@ def reorder(model: _Model, order: ArrayLike) -> _Model:
     """
     if not isinstance(model, AbstractComposite) or isinstance(model, Alone):
         raise ValueError(f"reorder takes a model with components, got {type(model).__name__}.")
-    order, size = jnp.asarray(order), _emission(model).num_components
+    size = _emission(model).num_components
+    order = np.asarray(order) if not isinstance(order, jax.Array) else order
+    if not jnp.issubdtype(order.dtype, jnp.integer):
+        raise ValueError(f"order must hold integers, got {order.dtype}.")
+    order = jnp.asarray(order)
     check_shape("order", order, (size,))
     check_values(
         jnp.sort(order) == jnp.arange(size), f"order must be a permutation of 0 … {size - 1}."

@@ -23,7 +23,7 @@ from jaxem._core.blocks import (
     substitute,
     sum_over_observations,
 )
-from jaxem._core.checks import check_sample_weight, checked_key
+from jaxem._core.checks import check_count, check_sample_weight, checked_key
 from jaxem._core.conversion import as_arrays
 from jaxem._core.numerics import float_dtype, outside_support
 from jaxem._core.sequences import Sequences, as_sequences
@@ -188,9 +188,10 @@ def check_num_states(transition: AbstractTransition, num_states: int) -> None:
         )
 
 
-def check_num_steps(num_steps: int) -> None:
-    if num_steps < 1:
-        raise ValueError(f"a sequence has 1 or more steps, got num_steps={num_steps}.")
+def check_size(n: int, num_steps: int) -> None:
+    """Raises unless that many sequences of that many steps can be drawn."""
+    check_count("n", n, 0)
+    check_count("num_steps", num_steps)
 
 
 def start_from_steps(
