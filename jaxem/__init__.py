@@ -8,7 +8,6 @@ from jaxem import inference as inference
 from jaxem import latents as latents
 from jaxem import models as models
 from jaxem import testing as testing
-from jaxem._core.causes import CAUSES as CAUSES
 from jaxem._core.freezing import freeze as freeze
 from jaxem._core.freezing import unfreeze as unfreeze
 from jaxem._core.sequences import Sequences as Sequences

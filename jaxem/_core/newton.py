@@ -26,7 +26,6 @@ from numpy.typing import ArrayLike
 
 from jaxem._core import linalg as la
 
-
 _NEAR = 0.1  # how far from where a climb ended the maximum can be, relative to 1 + |θ|
 
 

@@ -1,5 +1,6 @@
 """EM: its slots, accelerators, schedules, adjoints, and what a loop of one's own needs."""
 
+from jaxem._core.causes import CAUSES as CAUSES
 from jaxem._core.schedules import AbstractSchedule as AbstractSchedule
 from jaxem._core.schedules import Constant as Constant
 from jaxem._core.schedules import Geometric as Geometric
