@@ -13,6 +13,7 @@ from models import BITS, CASES, CODES, COUNTS, DURATIONS, MEAN, POINTS, TALLIES,
 from scipy import stats
 
 import jaxem
+from jaxem.em import CAUSES
 from jaxem.emissions._base import expanded_form
 from jaxem.emissions._base import log_prob as _log_prob
 
@@ -40,7 +41,7 @@ def expected(emission, sums):
 
 @eqx.filter_jit
 def degenerate(emission, sums):
-    return emission.degenerate(sums)
+    return emission.degenerate(sums) != CAUSES.none
 
 
 @eqx.filter_jit

@@ -275,7 +275,7 @@ class Pair(jaxem.models.AbstractModel, jaxem.authoring.Parametrized):
         return 1
 
     def degenerate(self, statistics):
-        return jnp.zeros(1, bool)
+        return jnp.zeros(1, int)
 
     def representable(self):
         return jnp.isfinite(self.shift)

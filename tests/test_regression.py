@@ -351,7 +351,7 @@ class Overshooting(jaxem.models.AbstractModel):
         return jnp.ones(len(data), int)
 
     def degenerate(self, statistics):
-        return jnp.zeros(1, bool)
+        return jnp.zeros(1, int)
 
     def serial_steps(self, data):
         return 1
