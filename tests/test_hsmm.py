@@ -85,6 +85,28 @@ def test_all_segmentations_of_a_short_sequence(steps):
     np.testing.assert_allclose(of_best[0], of_path, rtol=1e-13)
 
 
+def test_an_absorbing_state_lasts_for_ever():
+    """As one does that lasts longer than any sequence, whatever is said of its duration."""
+    x = jnp.asarray(np.random.default_rng(2).poisson(4.0, (3, 7, 1)))
+    emission, start = jaxem.emissions.Poisson(RATES), np.full(3, 1 / 3)
+    ends = MATRIX.copy()
+    ends[2] = 0, 0, 1
+    model = HSMM(start, ends, CategoricalDuration(LASTS), emission)
+    longer = np.pad(LASTS, ((0, 0), (0, 4)))
+    longer[2] = np.eye(7)[-1]
+    other = HSMM(start, MATRIX, CategoricalDuration(longer), emission)
+    np.testing.assert_allclose(model.log_prob(x), other.log_prob(x), rtol=1e-12)
+    np.testing.assert_array_equal(model.viterbi(x)[0], other.viterbi(x)[0])
+    np.testing.assert_allclose(model.viterbi(x)[1], other.viterbi(x)[1], rtol=1e-12)
+    found, expected = model.e_step(x)[0].sums, other.e_step(x)[0].sums
+    np.testing.assert_allclose(found[1][:2], expected[1][:2], atol=1e-12)
+    np.testing.assert_allclose(found[2], np.r_[expected[2][:2, :3], np.zeros((1, 3))], atol=1e-12)
+    fitted = jaxem.fit(model, x, max_steps=3, throw=False).model
+    np.testing.assert_array_equal(fitted.transition.matrix[2], [0, 0, 1])
+    np.testing.assert_allclose(fitted.duration.probability[2], LASTS[2], rtol=1e-12)
+    assert model.num_free_parameters == other.num_free_parameters - 1 - 2 - 3 * 4
+
+
 def test_hard_posterior_is_the_best_path_and_its_objective_never_falls():
     x, _ = model_of(PoissonDuration([1.0, 2.0, 3.0], 6)).sample(jax.random.key(0), 8, 12)
     model = model_of(CategoricalDuration(np.full((3, 6), 1 / 6)))

@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.scipy.sparse.linalg import cg
 from jaxtyping import Array, Float, Int, PyTree
 from numpy.typing import ArrayLike
 
 from jaxem._core.checks import check_shape, check_values, concrete
 from jaxem._core.constraints import simplex
-from jaxem._core.numerics import as_float, pseudo_count
+from jaxem._core.numerics import as_float, divide, pseudo_count
 from jaxem._core.parameters import Frozen, free, reordered_masks, replace, update, with_rows
 from jaxem._core.statistics import Framed
 from jaxem.factors._base import AbstractFactor
@@ -245,26 +246,64 @@ class Transition(AbstractTransition):
     ) -> Self:
         """The maximiser where first states, counted in `initial`, are drawn from δ(A).
 
-        The derivative of Σ n log δ(A) by the logits counts as transitions, until row shares
-        reproduce themselves; then as much of the step as does not lower the objective.
+        Newton's method on the logits, by conjugate gradients; along the gradient, in units of
+        expected counts, where they find no way up. As much of each step is taken as neither
+        lowers Q nor passes its maximum along the step.
+
+        Nocedal & Wright (2006), *Numerical Optimization*, chapter 7.
         """
+        eps = jnp.finfo(self.logits.dtype).eps
 
-        def from_delta(logits: Array) -> Array:
-            delta = chain.stationary(update(self, logits=logits).matrix)
-            return jnp.sum(initial * jnp.log(jnp.maximum(delta, jnp.finfo(delta.dtype).tiny)))
+        def objective(logits: Array, sums: Array, initial: Array) -> Array:
+            new = update(self, logits=logits)
+            delta = chain.stationary(new.matrix)
+            first = jnp.log(jnp.maximum(delta, jnp.finfo(delta.dtype).tiny))
+            return new.expected_log_prob(sums) + jnp.sum(initial * first)
 
-        def objective(logits: Array) -> Array:
-            return update(self, logits=logits).expected_log_prob(sums) + from_delta(logits)
+        gradient = jax.grad(objective)
+        given = lax.stop_gradient((sums, initial))
+        total = jnp.sum(given[0], axis=1, keepdims=True) + jnp.sum(given[1])
 
-        def again(_: Any, logits: Array) -> Array:
-            counts = jnp.maximum(sums + jax.grad(from_delta)(logits), 0)
-            return log_shares(counts * self._possible(), self.logits)
+        def newton(logits: Array, slope: Array) -> tuple[Array, Array]:
+            """The step to where the slope vanishes, and the slope in units of counts."""
 
-        target = lax.fori_loop(0, 30, again, self.logits)
-        shares = 0.5 ** jnp.arange(12, dtype=target.dtype)
-        steps = jax.vmap(lambda share: self.logits + share * (target - self.logits))(shares)
-        before = objective(self.logits)
-        slack = 30 * jnp.finfo(target.dtype).eps * jnp.abs(before)
-        rises = jax.vmap(objective)(steps) >= before - slack
-        chosen = jnp.where(jnp.any(rises), steps[jnp.argmax(rises)], self.logits)
-        return update(self, logits=chosen)
+            def curvature(step: Array) -> Array:
+                return -jax.jvp(lambda at: gradient(at, *given), (logits,), (step,))[1]
+
+            own = jnp.where(self._possible(), jnp.exp(update(self, logits=logits)._log_prob()), 0)
+            found, _ = cg(
+                curvature,
+                slope,
+                tol=10 * float(eps),
+                maxiter=min(logits.size, 64),
+                M=lambda step: divide(step, own * total),
+            )
+            return found, divide(slope, own * total)
+
+        def climb(carry: tuple[Array, ...]) -> tuple[Array, ...]:
+            count, logits, _ = carry
+            slope = gradient(logits, *given)
+            step, simple = newton(logits, slope)
+            step = jnp.where(jnp.sum(slope * step) > 0, step, simple)
+
+            def height(share: Array) -> tuple[Array, Array]:
+                at = logits + share * step
+                return jax.jvp(lambda at: objective(at, *given), (at,), (step,))
+
+            values, slopes = jax.vmap(height)(shares)
+            slack = 30 * eps * jnp.abs(values[0])
+            rises = (values >= values[0] - slack) & (slopes >= -0.5 * slopes[0])
+            share = shares[1:][jnp.argmax(rises[1:])] * jnp.any(rises[1:])
+            going = share * slopes[0] > eps * jnp.abs(values[0]) * 1e-3
+            return count + 1, logits + share * step, going
+
+        shares = jnp.append(0, 0.5 ** jnp.arange(12, dtype=self.logits.dtype))
+        start = jnp.zeros((), jnp.int32), lax.stop_gradient(self.logits), jnp.asarray(True)
+        found = lax.while_loop(lambda carry: carry[-1] & (carry[0] < 50), climb, start)[1]
+
+        def again(logits: Array, _: None) -> tuple[Array, None]:
+            step, _ = newton(found, gradient(logits, sums, initial))
+            return logits + (step - lax.stop_gradient(step)), None
+
+        # Each makes one more order of derivatives exact.
+        return update(self, logits=lax.scan(again, found, length=2)[0])

@@ -31,7 +31,7 @@ class Chain(AbstractSequenceLatent):
 
     def draw(self, key):
         forward = self._filtering()
-        path = chain.sample_path(key, jax.lax.stop_gradient(forward.filtered), self.transition)
+        path = chain.sample_path(key, jax.lax.stop_gradient(forward.log_filtered), self.transition)
         found = chain.of_path(path, forward.log_likelihood, self.transition)
         return found.log_likelihood, found
 
@@ -44,7 +44,9 @@ class Chain(AbstractSequenceLatent):
         left = jnp.append(self._within()[1:], False)[:, None]
         tempered = self.log_prob / temperature + jnp.where(left, jnp.log(totals), 0)
         chances = moves / totals[..., None]
-        found = chain.smoothing(start / total, chances, tempered, parallel=self.parallel)
+        found = chain.smoothing(
+            start / total, chances, tempered, length=self.length, parallel=self.parallel
+        )
         possible = self.transition > 0
         ratio = jnp.where(possible, chances / jnp.where(possible, self.transition, 1), 0)
         value = temperature * (found.log_likelihood + jnp.log(total))
@@ -71,7 +73,7 @@ class Chain(AbstractSequenceLatent):
         return chain.viterbi(*given, length=self.length, num_paths=num_paths)
 
     def sample_path(self, key):
-        return chain.sample_path(key, self._filtering().filtered, self.transition)
+        return chain.sample_path(key, self._filtering().log_filtered, self.transition)
 
     def forecast(self, num_steps: int) -> Float[Array, "h k"]:
         """State probabilities 1 … `num_steps` steps after the last one."""
@@ -88,7 +90,7 @@ class Chain(AbstractSequenceLatent):
 
     def _smoothing(self) -> chain.Smoothed:
         given = self.initial, self.transition, self.log_prob
-        return chain.smoothing(*given, parallel=self.parallel)
+        return chain.smoothing(*given, length=self.length, parallel=self.parallel)
 
 
 def _power(probability: Array, temperature: Array) -> Array:

@@ -81,9 +81,11 @@ def filter_steps(initial: Array, transition: Array, steps: Any, dense: Array) ->
     # A state that cannot be reached has gain 0: with another β would grow without bound.
     likelihood = jnp.where(filtered > 0, relative_likelihood(log_prob, top[:, None]), 0)
     gain = _over(likelihood, positive(total)[:, None])
-    small = (filtered < negligible(filtered)) & (log_prob > -jnp.inf)
-    underflowed = jnp.any((predicted > 0) & small, axis=1)
-    return filtered, gain, log_increment(top, total), underflowed
+    least = negligible(filtered)
+    vanished = (predicted > 0) & (filtered < least)
+    tiny = jnp.any((transition > 0) & (transition < least))
+    underflowed = (vanished | (tiny & (predicted == 0))) & (log_prob > -jnp.inf)
+    return filtered, gain, log_increment(top, total), jnp.any(underflowed, axis=1)
 
 
 def _predictions(initial: Array, transition: Array, steps: Any) -> Float[Array, "t k"]:
@@ -118,43 +120,6 @@ def _predictions_of_dense(initial: Array, transition: Array, steps: Any) -> Floa
 def negligible(probability: Array) -> float:
     """Twice this small would be too small for the dtype."""
     return float(jnp.finfo(probability.dtype).tiny) ** 0.5
-
-
-def differs_in_logarithms(
-    initial: Array, transition: Array, log_prob: Array, increments: Array, possible: Array
-) -> Array:
-    """Steps whose log-increments lack paths through a state whose probability vanished.
-
-    Nothing is run where none are `possible`: if no state vanished, or each can be reached from all
-    the others with no tiny probability. All lanes of a vmap take one branch.
-    """
-    operands = jax.tree.map(lax.stop_gradient, (initial, transition, log_prob, increments))
-    exact = lax.cond(
-        eqxi.unvmap_any(possible),
-        lambda initial, transition, log_prob, _: _filter_logs(initial, transition, log_prob),
-        lambda *operands: operands[-1],
-        *operands,
-    )
-    scaled = operands[-1]
-    close = jnp.abs(exact - scaled) <= jnp.finfo(scaled.dtype).eps ** 0.5 * (1 + jnp.abs(exact))
-    return possible & ~(close | (exact == scaled) | jnp.isnan(exact))
-
-
-def _filter_logs(initial: Array, transition: Array, log_prob: Array) -> Array:
-    """Log-increments by logarithms of probabilities, each state with a scale of its own."""
-
-    def step(log_predicted: Array, here: Any) -> tuple[Array, Array]:
-        log_b, out_of = here
-        joint = log_predicted + log_b
-        increment = jax.nn.logsumexp(joint)
-        possible = increment > -jnp.inf
-        log_filtered = jnp.where(possible, joint - jnp.where(possible, increment, 0), -jnp.inf)
-        into = log_transition if out_of is None else jnp.log(out_of)
-        return jax.nn.logsumexp(log_filtered[:, None] + into, axis=0), increment
-
-    log_transition = jnp.log(transition)
-    steps = (log_prob, transition) if transition.ndim == 3 else (log_prob, None)
-    return lax.scan(step, jnp.log(initial), steps)[1]
 
 
 def smooth_step(backward: Array, filtered: Array, gain: Array) -> tuple[Array, Array]:

@@ -46,7 +46,8 @@ class Segments(AbstractSequenceLatent):
     """The segments of one sequence. Its marginals are a `Segmented`.
 
     **Arguments:** the log-potentials `initial` (k,), `transition` (k, k), −∞ where a state cannot
-    follow, `duration` (k, D) and `log_prob` (t, k); `within` (t,), which steps there are.
+    follow, `duration` (k, D) and `log_prob` (t, k); `within` (t,), which steps there are. A state
+    that can follow itself has segments of one step.
     """
 
     initial: Float[Array, " k"]
@@ -233,7 +234,8 @@ def _viterbi(s: Segments) -> Int[Array, " t"]:
 def _log_prob_of_path(s: Segments, path: Int[Array, " t"]) -> Float[Array, ""]:
     """log p(x, path): the last segment may last on, by the probability that it does."""
     before, t = jnp.roll(path, 1), jnp.arange(len(path))
-    begins = s.within & ((t == 0) | (path != before))
+    again = jnp.diagonal(s.transition)[path] > -jnp.inf
+    begins = s.within & ((t == 0) | (path != before) | again)
     time = t - lax.cummax(jnp.where(begins, t, 0))
     following = jnp.pad(s.within[1:], (0, 1)), jnp.pad(begins[1:], (0, 1))
     parts = (

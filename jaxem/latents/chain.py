@@ -16,8 +16,8 @@ Zeros of the transition matrix stay exact, and values and derivatives are finite
 logarithm of a probability is taken. Such scaling fails for a state whose probability falls below
 the smallest number of the dtype (e⁻⁸⁷, in float64 e⁻⁷⁰⁸) and that later proves to be the true one,
 since zeros let no other state take its place. Where a probability underflows and transitions are
-that small, the filter is run again in logarithms; steps at which the two differ are NaN, and so is
-log p(x). With gains gₜ = lₜ / cₜ the smoother is
+that small, the filter is run again in logarithms, and where the two differ, logarithms are smoothed
+too, one step after the other. With gains gₜ = lₜ / cₜ the smoother is
 
     βₜ₋₁ = A (gₜ ∘ βₜ),    P(zₜ | x) = fₜ ∘ βₜ,    P(zₜ₋₁, zₜ | x) = A ∘ (fₜ₋₁ ⊗ (gₜ ∘ βₜ)),
 
@@ -34,36 +34,33 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxem._core import linalg as la
 from jaxem.latents._chain_blocks import accurate_sum, filter_blocks, in_parallel, smooth_blocks
-from jaxem.latents._chain_steps import (
-    differs_in_logarithms,
-    filter_steps,
-    negligible,
-    push,
-    smooth_steps,
-)
+from jaxem.latents._chain_logs import filter_logs, filtered_logs, smooth_logs
+from jaxem.latents._chain_steps import filter_steps, negligible, push, smooth_steps
 
 
 class Filtered(NamedTuple):
     """The filter: each step given the steps up to it.
 
-    - `log_likelihood`: log p(x), −inf if no state can have produced some step, NaN if the dtype
-      cannot tell.
+    - `log_likelihood`: log p(x), −inf if no state can have produced some step.
     - `filtered` (t, k): P(zₜ | x₁ … xₜ); zeros from an impossible step on.
     - `gain` (t, k): p(xₜ | zₜ) / p(xₜ | x₁ … xₜ₋₁).
     - `log_increments` (t,): log p(xₜ | x₁ … xₜ₋₁), the one-step predictive densities.
+    - `log_filtered` (t, k): log P(zₜ | x₁ … xₜ), finite where the probability underflows and that
+      matters later.
     """
 
     log_likelihood: Float[Array, ""]
     filtered: Float[Array, "t k"]
     gain: Float[Array, "t k"]
     log_increments: Float[Array, " t"]
+    log_filtered: Float[Array, "t k"]
 
 
 class Smoothed(NamedTuple):
@@ -72,13 +69,16 @@ class Smoothed(NamedTuple):
     - `log_likelihood`: log p(x).
     - `smoothed` (t, k): P(zₜ | x).
     - `before`, `after` (t, k): P(zₜ₋₁ = i, zₜ = j | x) = before[t−1, i] · Aᵢⱼ · after[t, j].
-    - `ratio`: a factor of Aᵢⱼ there, if other transitions than A were smoothed; None for 1.
+    - `moved`: expected transitions to be added to those, the sum (k, k) or each step's (t, k, k):
+      all of them where scaled probabilities lose a path; None for 0.
+    - `ratio`: a factor of Aᵢⱼ above, if other transitions than A were smoothed; None for 1.
     """
 
     log_likelihood: Float[Array, ""]
     smoothed: Float[Array, "t k"]
     before: Float[Array, "t k"]
     after: Float[Array, "t k"]
+    moved: Array | None = None
     ratio: Array | None = None
 
 
@@ -93,15 +93,35 @@ def filtering(
 
     **Arguments:** as above; `parallel` in time or not, default: on accelerators, for long chains.
     """
+    found, doubtful = _filter(initial, transition, log_prob, parallel)
+    increments, predicted = lax.cond(
+        doubtful,
+        jax.checkpoint(filter_logs),  # pyright: ignore[reportPrivateImportUsage]
+        lambda *given: (found.log_increments, jnp.zeros_like(given[-1])),
+        *(initial, transition, log_prob),
+    )
+    logs = filtered_logs(predicted, log_prob, increments)
+    gain = jnp.where(logs > -jnp.inf, jnp.exp(log_prob - increments[:, None]), 0)
+    return Filtered(
+        accurate_sum(increments),
+        jnp.where(doubtful, jnp.exp(logs), found.filtered),
+        jnp.where(doubtful, gain, found.gain),
+        increments,
+        jnp.where(doubtful, logs, found.log_filtered),
+    )
+
+
+def _filter(
+    initial: Array, transition: Array, log_prob: Array, parallel: bool | None
+) -> tuple[Filtered, Bool[Array, ""]]:
+    """The filter in scaled probabilities, and whether it may have lost a path in any lane."""
     steps = (log_prob, transition) if transition.ndim == 3 else (log_prob, None)
     run = filter_blocks if in_parallel(log_prob, parallel) else filter_steps
-    dense = jnp.min(transition) >= negligible(transition)
+    dense = jnp.min(transition) >= negligible(transition) / jnp.finfo(transition.dtype).eps
     filtered, gain, increments, underflowed = run(initial, transition, steps, dense)
-    lossy = jnp.any(underflowed) & ~dense
-    wrong = differs_in_logarithms(initial, transition, log_prob, increments, lossy)
-    increments = jnp.where(wrong, jnp.nan, increments)
-    filtered = jnp.where(wrong[:, None], jnp.nan, filtered)
-    return Filtered(accurate_sum(increments), filtered, gain, increments)
+    value = accurate_sum(increments)
+    found = Filtered(value, filtered, gain, increments, jnp.log(filtered))
+    return found, eqxi.unvmap_any(jnp.any(underflowed) & ~dense)
 
 
 def smoothing(
@@ -109,14 +129,35 @@ def smoothing(
     transition: Float[Array, "k k"] | Float[Array, "t k k"],
     log_prob: Float[Array, "t k"],
     *,
+    length: Int[Array, ""] | int | None = None,
     parallel: bool | None = None,
 ) -> Smoothed:
-    """The forward–backward algorithm: P(zₜ | x), and the factors of P(zₜ₋₁, zₜ | x)."""
-    forward = filtering(initial, transition, log_prob, parallel=parallel)
-    steps = (forward.filtered, forward.gain, transition if transition.ndim == 3 else None)
-    run = smooth_blocks if in_parallel(log_prob, parallel) else smooth_steps
-    smoothed, after = run(transition, steps)
-    return Smoothed(forward.log_likelihood, smoothed, forward.filtered, after)
+    """The forward–backward algorithm: P(zₜ | x), and what P(zₜ₋₁, zₜ | x) is made of.
+
+    **Arguments:** as above; `length`, the number of steps that count: what is returned of others
+    has no meaning.
+    """
+    forward, doubtful = _filter(initial, transition, log_prob, parallel)
+
+    def in_logarithms(initial: Array, transition: Array, log_prob: Array, _: Any) -> Any:
+        within = jnp.arange(len(log_prob)) < (len(log_prob) if length is None else length)
+        increments, predicted = filter_logs(initial, transition, log_prob)
+        logs = filtered_logs(predicted, log_prob, increments)
+        smoothed, moved = smooth_logs(transition, predicted, logs, within)
+        return accurate_sum(increments), smoothed, jnp.zeros_like(smoothed), moved
+
+    def in_probabilities(initial: Array, transition: Array, log_prob: Array, found: Any) -> Any:
+        steps = (found.filtered, found.gain, transition if transition.ndim == 3 else None)
+        run = smooth_blocks if in_parallel(log_prob, parallel) else smooth_steps
+        return found.log_likelihood, *run(transition, steps), jnp.zeros_like(transition)
+
+    value, smoothed, after, moved = lax.cond(
+        doubtful,
+        jax.checkpoint(in_logarithms),  # pyright: ignore[reportPrivateImportUsage]
+        in_probabilities,
+        *(initial, transition, log_prob, forward),
+    )
+    return Smoothed(value, smoothed, forward.filtered, after, moved)
 
 
 def log_likelihood(
@@ -181,15 +222,14 @@ def viterbi(
 
 def sample_path(
     key: Array,
-    filtered: Float[Array, "t k"],
+    log_filtered: Float[Array, "t k"],
     transition: Float[Array, "k k"] | Float[Array, "t k k"],
 ) -> Int[Array, " t"]:
     """One draw of z given x, backwards from the filter; −1 at and before steps it cannot explain.
 
     Carter & Kohn (1994), Biometrika 81; Scott (2002), JASA 97.
     """
-    noise = jax.random.gumbel(key, filtered.shape, filtered.dtype)
-    log_filtered = jnp.log(filtered)
+    noise = jax.random.gumbel(key, log_filtered.shape, log_filtered.dtype)
     last = _drawn(log_filtered[-1], noise[-1])
 
     def back(later: Array, step: Any) -> tuple[Array, Array]:
@@ -235,10 +275,29 @@ def forecast(
 
 
 def stationary(transition: Float[Array, "k k"]) -> Float[Array, " k"]:
-    """The stationary distribution δ = δ A of an irreducible chain: δ (I − A + 1) = 1."""
-    k = transition.shape[0]
-    eye = jnp.eye(k, dtype=transition.dtype)
-    return jnp.sum(la.inverse(eye - transition + 1), axis=0)
+    """The stationary distribution δ = δ A of a chain that has one.
+
+    States are removed one by one, and put back in reverse. Nothing is subtracted, so that all
+    digits are right even where states are hardly ever left.
+
+    Grassmann, Taksar & Heyman (1985), Oper. Res. 33.
+    """
+    states = jnp.arange(len(transition))
+
+    def remove(matrix: Array, n: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+        out_of = jnp.where(states < n, matrix[n], 0)
+        total = jnp.sum(out_of)  # 0: what remains is never reached from here again
+        into = jnp.where(states < n, matrix[:, n], 0) / jnp.where(total > 0, total, 1)
+        return matrix + into[:, None] * out_of, (n, into, total > 0)
+
+    def restore(delta: Array, removed: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        n, into, returns = removed
+        here = jnp.where(returns, jnp.sum(delta * into), 1)
+        delta = jnp.where(states == n, here, jnp.where(returns, delta, 0))
+        return delta / jnp.sum(delta), None
+
+    removed = lax.scan(remove, transition, states[1:], reverse=True)[1]
+    return lax.scan(restore, (states == 0).astype(transition.dtype), removed)[0]
 
 
 def _largest(rows: Float[Array, "r c"], count: int) -> tuple[Array, Array]:

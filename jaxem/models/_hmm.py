@@ -116,6 +116,10 @@ class HMM(AbstractSequenceModel, Generic[Emission]):
             moved = _transitions(found.before[:, :-1], found.after[:, 1:], later, matrix.shape)
             if found.ratio is not None:
                 moved = moved * (found.ratio[0] if inputs is None else found.ratio)
+            if found.moved is not None:
+                counted = "b,bij->ij" if inputs is None else "b,btij->btij"
+                more = jnp.einsum(counted, scale, found.moved, precision=jax.lax.Precision.HIGHEST)
+                moved = moved + divide(more, matrix)
             return la.matmul(scale, found.smoothed[:, 0]), pull(moved)[0]
 
         return Chain(self.initial, matrix, log_prob, sequences.lengths, self.parallel), axes, counts

@@ -24,7 +24,9 @@ from numpy.typing import ArrayLike
 
 from jaxem._core import linalg as la
 from jaxem._core.checks import check_shape, check_values, checked_key, concrete
+from jaxem._core.freezing import freeze
 from jaxem._core.numerics import as_float
+from jaxem._core.parameters import free
 from jaxem._core.sequences import as_sequences
 from jaxem.emissions._base import Emission
 from jaxem.factors._duration import AbstractDuration
@@ -48,7 +50,8 @@ class HSMM(AbstractSequenceModel, AbstractSeparable, Generic[Emission]):
 
     - `initial` (k,), the probabilities of the first segment's state, in the simplex.
     - `transition`: a matrix (k, k) with a zero diagonal, or a `Transition` that forbids it: two
-      segments of one state in a row would be one.
+      segments of one state in a row would be one. A 1 there makes a state absorbing: it lasts for
+      ever, and its duration means nothing and is frozen.
     - `duration`: an `AbstractDuration` with k states.
     - `emission`: any emission with k components, k ≥ 2.
 
@@ -82,6 +85,9 @@ class HSMM(AbstractSequenceModel, AbstractSeparable, Generic[Emission]):
             raise ValueError(
                 f"the duration has {duration.num_states} states, the emission {k} components."
             )
+        for name in duration.parameters if _absorbing(transition).any() else ():
+            frozen = ~free(duration, name) | _absorbing(transition)
+            duration = freeze(duration, name, mask=frozen)
         self.transition, self.duration, self.emission = transition, duration, emission
 
     @property
@@ -93,7 +99,11 @@ class HSMM(AbstractSequenceModel, AbstractSeparable, Generic[Emission]):
 
     def latents(self, sequences, log_prob, w):
         matrix, pull = jax.vjp(self.transition.log_matrix_at, self.transition.tilt())
-        own = self._initial.canonical(), matrix, self.duration.log_prob()
+        log_duration, forever = self.duration.log_prob(), _absorbing(self.transition)[:, None]
+        if forever.any():  # one step after the other
+            one = jnp.where(jnp.arange(self.duration.max_duration) == 0, 0, -jnp.inf)
+            log_duration = jnp.where(forever, one, log_duration)
+        own = self._initial.canonical(), matrix, log_duration
         axes: Any = Segments(None, None, None, 0, 0)  # pyright: ignore[reportArgumentType]
 
         def counts(found: Segmented, scale: Array) -> tuple[Array, Any, Array]:
@@ -101,7 +111,7 @@ class HSMM(AbstractSequenceModel, AbstractSeparable, Generic[Emission]):
                 jnp.tensordot(scale, leaf, axes=1, precision=lax.Precision.HIGHEST)
                 for leaf in (found.initial, found.transition, found.duration)
             )
-            return first, pull(moved)[0], lasted
+            return first, pull(moved)[0], jnp.where(forever, 0, lasted)
 
         return Segments(*own, log_prob, sequences.within), axes, counts
 
@@ -171,20 +181,26 @@ class HSMM(AbstractSequenceModel, AbstractSeparable, Generic[Emission]):
 
 
 def _between_segments(transition: ArrayLike | Transition, k: int) -> Transition:
-    """Transitions that are known never to lead from a state to itself."""
+    """Transitions that are known to lead from a state to itself only where it is never left."""
     if not isinstance(transition, Transition):
         matrix = as_float(transition, "transition matrix")
         check_shape("transition matrix", matrix, (k, k))
-        check_values(jnp.diagonal(matrix) == 0, _NO_RETURN)
+        diagonal = jnp.diagonal(matrix)
+        check_values((diagonal == 0) | (diagonal == 1), _NO_RETURN)
         values, others = concrete(matrix), ~np.eye(k, dtype=bool)
-        return Transition(matrix, others if values is None else others & (values > 0))
+        return Transition(matrix, others if values is None else values > 0)
     check_num_states(transition, k)
-    if transition.possible.diagonal().any():
+    if (_absorbing(transition) & (transition.possible.sum(axis=1) > 1)).any():
         raise ValueError(_NO_RETURN)
     return transition
 
 
+def _absorbing(transition: Transition) -> np.ndarray:
+    return transition.possible.diagonal()
+
+
 _NO_RETURN = (
     "a segment's state cannot follow itself: the diagonal of the transition matrix must be zero, "
-    "and forbidden by the mask of a Transition. How long a state lasts is said by its duration."
+    "and forbidden by the mask of a Transition. How long a state lasts is said by its duration. A "
+    "state that is never left has 1 there, and zeros beside it."
 )
