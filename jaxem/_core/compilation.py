@@ -9,6 +9,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jax.core import Tracer
 
 # XLA has two ways to write a fused loop for a CPU. The older one, in one module for all loops,
@@ -20,8 +21,8 @@ _FEW = 2**13
 def filter_jit(*, optimized: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """`eqx.filter_jit`, which compiles faster on CPU where arguments hold few numbers.
 
-    `optimized` is False for programs that run once: LLVM then optimises nothing. Not where an
-    argument is traced: options are those of a whole program. Those in `XLA_FLAGS` stay as they are.
+    `optimized` is False for programs that run once: LLVM then optimises nothing. Not within another
+    program: options are those of a whole one. Those in `XLA_FLAGS` stay as they are.
     """
 
     def decorator(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,7 +44,8 @@ def filter_jit(*, optimized: bool = True) -> Callable[[Callable[..., Any]], Call
 
 def _few(args: Any) -> bool:
     leaves = [leaf for leaf in jax.tree.leaves(args) if eqx.is_array(leaf)]
-    traced = any(isinstance(leaf, Tracer) for leaf in leaves)
+    # within another program new arrays are traced, even where arguments are not
+    traced = any(isinstance(leaf, Tracer) for leaf in [*leaves, jnp.zeros(())])
     return not traced and sum(leaf.size for leaf in leaves) <= _FEW
 
 

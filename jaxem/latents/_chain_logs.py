@@ -61,7 +61,7 @@ def smooth_logs(
         return jnp.sum(origin(before, predicted, moves if own is None else own) * later, 1), later
 
     earlier = jnp.maximum(jnp.concatenate([filtered[:1], filtered[:-1]]), zero)
-    each = None if transition.ndim == 2 else jnp.roll(moves, 1, axis=0)
+    each: Any = None if transition.ndim == 2 else jnp.roll(moves, 1, axis=0)
     steps = earlier, predicted, each
     smoothed = lax.scan(step, jnp.exp(filtered[-1]), steps, reverse=True)[1]
     counted = smoothed * within.at[0].set(False)[:, None]
