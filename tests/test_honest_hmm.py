@@ -395,7 +395,7 @@ CONSTRUCTORS = {
         lambda: Sequences.split(X[0], starts=np.arange(20) == 1),
         "the first of them True",
     ),
-    "freezing a transition": (lambda: jaxem.freeze(MODEL, "transition"), "parameter"),
+    "freezing a transition": (lambda: jaxem.freeze(MODEL, "transitions"), "parameter"),
     "freezing three rows": (
         lambda: jaxem.freeze(MODEL, "transition.matrix", mask=[True] * 3),
         "3 entries; expected one for each component or state",
@@ -422,7 +422,10 @@ CONSTRUCTORS = {
     "a draw of no step": (lambda: MODEL.sample(KEY, 2, 0), "num_steps must be"),
     "a draw without inputs": (lambda: DRIVEN.sample(KEY, B, T), "needs inputs"),
     "a draw of other inputs": (lambda: DRIVEN.sample(KEY, B, 3, U), r"expected \(4, 3, p\)"),
-    "a start that stays too much": (lambda: init(stay=1.5)(X), "non-negative"),
+    "a start that stays too much": (
+        lambda: init(stay=1.5)(X),
+        "stay must be a probability, got 1.5",
+    ),
     "a start from components": (lambda: HMM.from_mixture(NORMALS), "expects a Mixture"),
 }
 

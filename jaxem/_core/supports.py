@@ -81,6 +81,10 @@ class Regressed:
     def continuous(self) -> bool:
         return self.outputs.continuous
 
+    def counted(self, x: Any, options: Mapping[str, Any]) -> dict[str, int]:
+        """Nothing: outputs have no categories."""
+        return {}
+
     def check(self, x: Any, sizes: Mapping[str, int], dtype: Any, who: str) -> None:
         """Raises `ValueError` for data of another kind; any size where none is known."""
         if not isinstance(x, tuple) or not 2 <= len(x) <= 2 + self.exposures:

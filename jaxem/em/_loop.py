@@ -213,9 +213,8 @@ def _movement(new: Framed, old: Framed, total: Any) -> Float[Array, " 3"]:
     )
     moved = jax.vmap(lambda frame: new.at(frame).sums)(frames)  # so that reframing compiles once
     gaps = jax.vmap(gap, (0, 0, None))(moved, aims, total)
-    sizes = [
-        jnp.finfo(leaf.dtype).eps * jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(new.sums)
-    ]
+    leaves = [leaf for leaf in jax.tree.leaves(new.sums) if eqx.is_inexact_array(leaf)]
+    sizes = [jnp.finfo(leaf.dtype).eps * jnp.max(jnp.abs(leaf)) for leaf in leaves]
     return gaps.at[1].max(jnp.max(jnp.stack(sizes)))
 
 

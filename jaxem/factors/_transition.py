@@ -301,9 +301,10 @@ class Transition(AbstractTransition):
         start = jnp.zeros((), jnp.int32), lax.stop_gradient(self.logits), jnp.asarray(True)
         found = lax.while_loop(lambda carry: carry[-1] & (carry[0] < 50), climb, start)[1]
 
-        def again(logits: Array, _: None) -> tuple[Array, None]:
+        def again(logits: Array, _: Any) -> tuple[Array, None]:
             step, _ = newton(found, gradient(logits, sums, initial))
             return logits + (step - lax.stop_gradient(step)), None
 
         # Each makes one more order of derivatives exact.
-        return update(self, logits=lax.scan(again, found, length=2)[0])
+        last: Any = lax.scan(again, found, length=2)[0]
+        return update(self, logits=last)
