@@ -21,8 +21,12 @@ ALGORITHMS = {
     "SQUAREM": jaxem.SQUAREM(),
     "gradient": jaxem.EM(maximization=Gradient(optax.sgd(0.01))),
 }
-# functions that are given make the posterior, and know no Q
-NOT_APPLICABLE = {("from_functions", "hard"), ("from_functions", "gradient")}
+# functions that are given make the posterior, and know no Q; continuous states have no mode
+NOT_APPLICABLE = {
+    ("from_functions", "hard"),
+    ("from_functions", "gradient"),
+    ("state-space", "hard"),
+}
 
 
 def lowered(function, *arguments):

@@ -712,7 +712,7 @@ CONSTRUCTORS = {
     ),
     "freezing an unknown name": (lambda: jaxem.freeze(FULL, "components.scale"), "covariance"),
     "freezing into nowhere": (lambda: jaxem.freeze(FULL, "emission.mean"), "no 'emission'"),
-    "freezing a module": (lambda: jaxem.freeze(FULL, "components"), "parameter"),
+    "freezing a module": (lambda: jaxem.freeze(FULL, "component"), "parameter"),
     "a mask too short": (lambda: jaxem.freeze(FULL, "weights", mask=[True]), "1 entries"),
     "a mask on what is shared": (
         lambda: jaxem.freeze(HEALTHY["tied"][0], "components.covariance", mask=[True, False]),

@@ -395,7 +395,7 @@ CONSTRUCTORS = {
         lambda: Sequences.split(X[0], starts=np.arange(20) == 1),
         "the first of them True",
     ),
-    "freezing a transition": (lambda: jaxem.freeze(MODEL, "transition"), "parameter"),
+    "freezing a transition": (lambda: jaxem.freeze(MODEL, "transitions"), "parameter"),
     "freezing three rows": (
         lambda: jaxem.freeze(MODEL, "transition.matrix", mask=[True] * 3),
         "3 entries; expected one for each component or state",

@@ -219,8 +219,8 @@ def pooled_axis_scale(
     min_spread: float = MIN_SPREAD,
 ) -> AxisScale:
     """The variances of all data, for one component."""
-    size, second = weighted_second_moments(x, mean, sample_weight)
-    log_scale = 0.5 * la.floored_log(jnp.diagonal(second)) + jnp.log(size)
+    size, square = weighted_second_moments(x, mean, sample_weight, diagonal=True)
+    log_scale = 0.5 * la.floored_log(square) + jnp.log(size)
     if spherical:
         top = jnp.max(log_scale)
         log_scale = top + 0.5 * jnp.log(jnp.mean(jnp.exp(2 * (log_scale - top)), keepdims=True))

@@ -7,6 +7,7 @@ compensated (Neumaier), so float32 loses no digits however many observations the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -178,13 +179,17 @@ def weighted_mean(x: Float[Array, "n d"], sample_weight: Float[Array, " n"]) -> 
     return origin + total / count
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="diagonal")
 def weighted_second_moments(
-    x: Float[Array, "n d"], mean: Float[Array, " d"], sample_weight: Float[Array, " n"]
-) -> tuple[Float[Array, " d"], Float[Array, "d d"]]:
+    x: Float[Array, "n d"],
+    mean: Float[Array, " d"],
+    sample_weight: Float[Array, " n"],
+    diagonal: bool = False,
+) -> tuple[Float[Array, " d"], Array]:
     """Units u and a matrix C of order one such that u C u is the covariance about `mean`.
 
-    The units keep squares of very large and very small data within the floating range.
+    With `diagonal` it is the diagonal of C alone. The units keep squares of very large and very
+    small data within the floating range.
     """
     present = (sample_weight > 0)[:, None]
     unit = jnp.max(jnp.where(present, jnp.abs(x - mean), 0), axis=0)
@@ -192,6 +197,8 @@ def weighted_second_moments(
 
     def block(part: Any, w: Any, _: Any) -> tuple[Array, Array]:
         scaled = (part - mean) / unit
+        if diagonal:
+            return _weigh(w, scaled**2), jnp.sum(w)
         product = jnp.matmul((w[:, None] * scaled).T, scaled, precision=lax.Precision.HIGHEST)
         return product, jnp.sum(w)
 

@@ -319,8 +319,7 @@ def full_scale(
     proper = (jnp.diagonal(factor, axis1=-2, axis2=-1) > 0) & jnp.isfinite(factor).all(axis=-1)
     check_values(proper, f"{name} is not positive definite, or not finite.")
     log_scale, below = la.parts_of_lower(factor)
-    below = None if diagonal else below
-    spread = check_min_spread(min_spread)
+    spread, below = check_min_spread(min_spread), None if diagonal else below
     return FullScale(log_scale=log_scale, below=below, shared=shared, min_spread=spread)
 
 

@@ -5,15 +5,24 @@ import functools
 from typing import Any, ClassVar, NamedTuple, Self
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 from numpy.typing import ArrayLike
 
 from jaxem._core import linalg as la
 from jaxem._core.axis_scales import AxisScale, axis_scale, pooled_axis_scale
-from jaxem._core.blocks import weighted_mean
-from jaxem._core.checks import check_options, is_integer
+from jaxem._core.blocks import num_observations, substitute, weighted_mean
+from jaxem._core.checks import (
+    check_options,
+    check_sample_weight,
+    check_values,
+    checked_key,
+    is_integer,
+    or_absent,
+)
 from jaxem._core.constraints import Parameter, leaves_of, real
+from jaxem._core.conversion import as_arrays
 from jaxem._core.leading_axes import leading_axes
 from jaxem._core.numerics import least_log_scale
 from jaxem._core.parameters import Frozen, build, replace
@@ -69,6 +78,35 @@ class AbstractFactorAnalysis(AbstractFactorModel, AbstractStarting):
         residual = self._whitened(x)
         mean = la.matmul(covariance, la.matmul(la.transpose(whitened), residual))
         return Scores(jnp.moveaxis(mean, 2, 0), covariance)
+
+    @classmethod
+    def init(
+        cls,
+        key: Array,
+        x: Float[Array, "n d"],
+        *,
+        sample_weight: Float[Array, " n"] | None = None,
+        **options: Any,
+    ) -> Self:
+        """A start of one component: the leading axes of the data, about one observation.
+
+        **Arguments:** `options`, as of a family: `num_factors`, 1 by default; `min_spread`.
+
+        **Raises:** `ValueError` for another option, or data that are not finite.
+        """
+        key, x, sample_weight = checked_key(key), as_arrays(x), as_arrays(sample_weight)
+        n = num_observations(x)
+        check_sample_weight(sample_weight, n)
+        weight = jnp.ones(n) if sample_weight is None else sample_weight
+        weight = weight.astype(x.dtype)
+        whole = cls.pooled(substitute(x, weight > 0), 1, weight, **options)
+        check_values(
+            or_absent(whole.in_support(x), sample_weight),
+            f"the data hold a NaN or an infinity, outside the support of {cls.__name__}; give such "
+            "observations weight 0, or remove them.",
+        )
+        chosen = x[jax.random.categorical(key, jnp.log(weight))]
+        return whole.located_at(chosen[None], jnp.ones((), x.dtype))
 
     @classmethod
     def pooled(cls, x, num_components, sample_weight, **options):
@@ -137,7 +175,7 @@ class FactorAnalysis(AbstractFactorAnalysis):
     **Raises:** `ValueError` for other shapes, or variances that are not positive.
 
     ```python
-    start = FactorAnalysis.init(x, num_factors=2)
+    start = FactorAnalysis.init(jax.random.key(0), x, num_factors=2)
     fitted = jaxem.fit(start, x).model
     fitted.uniqueness, fitted.scores(x).mean
     ```
