@@ -212,3 +212,11 @@ def test_is_one_short_file(path):
     assert not re.search(
         rf"^(from|import) ({'|'.join(p.stem for p in EXAMPLES.glob('*.py'))})\b", code, re.M
     )
+
+
+def test_factor_analysis(tmp_path):
+    text = run("factor_analysis.py", "out.png", cwd=tmp_path)
+    # R factanal: χ² 6.11 on 4 degrees of freedom, p = 0.191
+    assert re.search(r"2 +-817\.796 +6\.107 +4 +0\.191", text)
+    assert "correlation of 0.48" in text
+    assert np.asarray(Image.open(tmp_path / "out.png").convert("L"), dtype=float).std() > 10
