@@ -1,7 +1,8 @@
 """README and docs are true: their code runs, and prints what they say it prints.
 
-The Python blocks of a page run in order, in one namespace. A block of text after one is what it
-prints. `python tests/test_docs.py PAGE…` writes those blocks anew.
+The Python blocks of a page run in order, in one namespace; those of the README each in its own, as
+they are copied. A block of text after one is what it prints. `python tests/test_docs.py PAGE…`
+writes those blocks anew.
 """
 
 import contextlib
@@ -35,6 +36,8 @@ def printed_by(page):
     namespace: dict = {"__name__": "__main__"}
     with jax.enable_x64("jax_enable_x64" in text):
         for number, (code, _) in enumerate(CODE.findall(text), start=1):
+            if page == "README.md":
+                namespace = {"__name__": "__main__"}
             out = io.StringIO()
             with contextlib.redirect_stdout(out):
                 exec(compile(code, f"{page}, block {number}", "exec"), namespace)
