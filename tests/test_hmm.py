@@ -75,11 +75,11 @@ def close(a, b, tol=1e-10):
 
 
 def finite(tree):
-    return all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(tree))
+    return all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(tree))
 
 
 def lane(tree, index):
-    return jax.tree.map(lambda leaf: leaf[index], tree)
+    return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf)[index]), tree)
 
 
 def gaussians(initial=(0.6, 0.4), transition=STAY):
