@@ -4,19 +4,17 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal, jaxprs_in_params
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 
+from jaxem import _law_programs as programs
 from jaxem._core.blocks import num_observations
-from jaxem._core.freezing import freeze
 from jaxem._core.numerics import float_dtype
-from jaxem._core.parameters import estimates, named_parameters, parameter_names
+from jaxem._core.parameters import parameter_names
 from jaxem._core.statistics import Framed
 from jaxem.em._em import EM
 from jaxem.em._fit import fit
@@ -25,7 +23,7 @@ from jaxem.em._solution import RESULTS
 from jaxem.emissions._family import AbstractConjugateFamily
 from jaxem.latents import Exact
 from jaxem.models._alone import as_model, shown
-from jaxem.models._base import AbstractModel, AbstractNamelessModel, all_finite, expected_sums
+from jaxem.models._base import AbstractModel, AbstractNamelessModel
 from jaxem.models._functions import FunctionModel
 
 _DRAWS = 500  # of each component
@@ -55,63 +53,8 @@ def _e_step(model: Any, data: Any) -> tuple[Framed, Array]:
     return model.e_step(data, _weight(model, data), posterior=Exact())
 
 
-_step = eqx.filter_jit(EM().step)
-_estimates = eqx.filter_jit(estimates)
-_all_finite = eqx.filter_jit(all_finite)
-_m_step = eqx.filter_jit(lambda model, statistics: model.m_step(statistics))
-_gradient_of_q = eqx.filter_jit(jax.grad(lambda m, statistics: m.expected_log_prob(statistics)))
-_score = eqx.filter_jit(jax.grad(lambda m, x, w: expected_sums(m, x, w, Exact(), None)[1]))
-
-
-@eqx.filter_jit
-def _em_map(model: Any, data: Any, weight: Array, direction: Array) -> tuple[Array, Array]:
-    """The next model's estimates, and their derivative along a direction of the weights."""
-
-    def following(weight: Array) -> Array:
-        sums, _ = expected_sums(model, data, weight, Exact(), None)
-        return ravel_pytree(estimates(model.m_step(Framed(sums, model))))[0]
-
-    return jax.jvp(following, (weight,), (direction,))
-
-
 def _fit(model: Any, data: Any, weight: Array | None, tol: float | None = None) -> Any:
     return fit(model, data, sample_weight=weight, tol=tol, max_steps=20, throw=False)
-
-
-@eqx.filter_jit
-def _sums_of(
-    model: Any, other: Any, whole: Any, first: Any, second: Any
-) -> dict[str, tuple[Any, Any]]:
-    """Pairs of sums that are the same, of sums of all the data and of their parts."""
-    whole, first, second = (Framed(sums, model) for sums in (whole, first, second))
-    there = whole.at(other)
-    return {
-        "of a union and of its parts": ((first + second).sums, whole.sums),
-        "there and back": (there.at(model).sums, whole.sums),
-        "doubled, then reframed": ((2.0 * whole).at(other).sums, (2.0 * there).sums),
-    }
-
-
-@eqx.filter_jit
-def _blend(model: Any, other: Any, share: Array) -> tuple[Any, Array]:
-    """A linear combination of two models, and whether its parameters are finite."""
-    blend = jax.tree.map(lambda a, b: (1 - share) * a + share * b, model, other)
-    return blend, all_finite(named_parameters(blend))
-
-
-@eqx.filter_jit
-def _frozen_parameters(model: Any, sums: Any, names: list[str]) -> list[tuple[Any, Any]]:
-    """Each parameter before and after an M-step in which it alone is frozen."""
-
-    def of(name: str) -> tuple[Any, Any]:
-        frozen = as_model(freeze(shown(model), name), "check_model")
-        moved = frozen.m_step(Framed(sums, frozen))
-        pair = named_parameters(shown(frozen)), named_parameters(shown(moved))
-        for part in name.split("."):
-            pair = pair[0][part], pair[1][part]
-        return pair
-
-    return [of(name) for name in names]
 
 
 def _rows(data: Any, rows: slice) -> Any:
@@ -145,7 +88,7 @@ def _spoilt(data: Any, rows: slice) -> Any:
 
 
 def _next(model: Any, data: Any) -> Any:
-    return _m_step(model, _e_step(model, data)[0])
+    return programs.m_step(model, _e_step(model, data)[0])
 
 
 def _parameters(model: AbstractModel) -> list[str]:
@@ -166,7 +109,9 @@ def _additivity(model: Any, data: Any, tol: float) -> str:
     found = _near(
         "log-likelihoods of a union and of its parts", first[1] + second[1], whole[1], tol
     )
-    pairs = _sums_of(model, _m_step(model, whole[0]), *(s.sums for s, _ in (whole, first, second)))
+    pairs = programs.sums_of(
+        model, programs.m_step(model, whole[0]), *(s.sums for s, _ in (whole, first, second))
+    )
     for what, (left, right) in pairs.items():
         _near(f"statistics {what}", left, right, tol)
     if weight is not None:
@@ -183,8 +128,8 @@ def _fisher(model: Any, data: Any, tol: float) -> str:
     if isinstance(model, FunctionModel):
         raise NotApplicable("its functions do not give its Q")
     statistics, _ = _e_step(model, data)
-    score = _score(model, data, _weight(model, data))
-    of_q = _gradient_of_q(model, statistics)
+    score = programs.score(model, data, _weight(model, data))
+    of_q = programs.gradient_of_q(model, statistics)
     for family in filter(_is_family, jax.tree.leaves(model, is_leaf=_is_family)):
         _mean_score_is_zero(family, tol)
     return _near("the score and the gradient of Q", of_q, score, 10 * tol)
@@ -198,7 +143,7 @@ def _mean_score_is_zero(family: AbstractConjugateFamily, tol: float) -> None:
     """What is expected of a law is at its maximum there, and draws are of that law."""
     name, k = type(family).__name__, family.num_components
     z = jax.device_put(np.arange(_DRAWS * k) % k)
-    slope, possible, scores = _scores_of_law(family, jax.random.key(0), z)
+    slope, possible, scores = programs.scores_of_law(family, jax.random.key(0), z)
     zero = jax.tree.map(np.zeros_like, slope)
     _near(f"the slope of Q at {name}.expected() and zero", slope, zero, 10 * tol)
     _require(possible, f"{name}.sample draws outside its support")
@@ -207,26 +152,12 @@ def _mean_score_is_zero(family: AbstractConjugateFamily, tol: float) -> None:
         _require(not np.any(far), f"{name}.sample draws from another law than log_prob says")
 
 
-@eqx.filter_jit
-def _scores_of_law(family: Any, key: Array, z: Array) -> tuple[Any, Array, Any]:
-    """The slope of Q at what is expected, whether draws are possible, moments of their score."""
-    expected, x = family.expected(), family.sample(key, z)
-    slope = jax.grad(lambda f: f.expected_log_prob(f.reframe(expected, family)))(family)
-
-    def log_prob(family: Any, x: Array, z: Array) -> Array:
-        return family.log_prob(x[None], family.tilt())[0, z]
-
-    scores = jax.vmap(jax.grad(log_prob), in_axes=(None, 0, 0))(family, x, z)
-    moments = [(jnp.mean(s, axis=0), jnp.std(s, axis=0)) for s in jax.tree.leaves(scores)]
-    return slope, jnp.all(family.in_support(x)), moments
-
-
 def _ascent(model: Any, data: Any, tol: float) -> str:
     problem = Problem(data, _weight(model, data))
     state = EM().init(model, problem)
     n = problem.num_observations
     for number in range(1, 11):
-        after = _step(state, problem)
+        after = programs.step(state, problem)
         slack = tol * (n + abs(float(state.objective)))
         _require(
             after.objective >= state.objective - slack,
@@ -240,7 +171,7 @@ def _free_leaves(model: Any, data: Any, tol: float) -> str:
     _parameters(model)
     other = _next(model, data)
     for share in (0.5, -0.5, 1.5):
-        blend, finite = _blend(model, other, np.asarray(share, float_dtype(model)))
+        blend, finite = programs.blend(model, other, np.asarray(share, float_dtype(model)))
         _require(finite, "a blend of two models has parameters that are not finite")
         _require(jnp.isfinite(_e_step(blend, data)[1]), "a blend of two models has no likelihood")
     return "three blends of two models"
@@ -249,7 +180,7 @@ def _free_leaves(model: Any, data: Any, tol: float) -> str:
 def _frozen(model: Any, data: Any, tol: float) -> str:
     names = _parameters(model)
     statistics, _ = _e_step(model, data)
-    pairs = _frozen_parameters(model, statistics.sums, names)
+    pairs = programs.frozen_parameters(model, statistics.sums, names)
     for name, (before, after) in zip(names, pairs, strict=True):
         _require(np.array_equal(before, after), f"{name} moved although it is frozen")
     return ", ".join(names)
@@ -267,7 +198,7 @@ def _float32(model: Any, data: Any, tol: float) -> str:
     n = num_observations(data)
     found = _near("objectives per observation", narrow.objective / n, wide.objective / n, 1e-3)
     tiny = float(jnp.finfo(jnp.float32).eps)
-    pair = _estimates(narrow.model), _estimates(wide.model)
+    pair = programs.estimates_of(narrow.model), programs.estimates_of(wide.model)
     return f"objective {found}, parameters " + _near("parameters", *pair, 1e-3, tiny)
 
 
@@ -294,12 +225,12 @@ def _derivatives(model: Any, data: Any, tol: float) -> str:
     single = ones.dtype != jnp.float64
     step, allowed = (1e-2, 5e-2) if single else (1e-5, 1e-6)
     direction = jnp.cos(jnp.arange(len(ones), dtype=ones.dtype))
-    after, _ = _em_map(model, data, ones + step * direction, direction)
-    before, _ = _em_map(model, data, ones - step * direction, direction)
-    _, slope = _em_map(model, data, ones, direction)
+    after, _ = programs.em_map(model, data, ones + step * direction, direction)
+    before, _ = programs.em_map(model, data, ones - step * direction, direction)
+    _, slope = programs.em_map(model, data, ones, direction)
     found = _near("a derivative and differences", slope, (after - before) / (2 * step), allowed)
-    score = _score(model, _spoilt(data, slice(1)), ones.at[0].set(0))
-    _require(_all_finite(score), "an observation of weight 0 spoils the gradient")
+    score = programs.score(model, _spoilt(data, slice(1)), ones.at[0].set(0))
+    _require(programs.is_finite(score), "an observation of weight 0 spoils the gradient")
     return f"a derivative and differences {found}"
 
 
