@@ -4,19 +4,17 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal, jaxprs_in_params
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 
+from jaxem import _law_programs as programs
 from jaxem._core.blocks import num_observations
-from jaxem._core.freezing import freeze
 from jaxem._core.numerics import float_dtype
-from jaxem._core.parameters import estimates, named_parameters, parameter_names, where_rows
+from jaxem._core.parameters import parameter_names
 from jaxem._core.statistics import Framed
 from jaxem.em._em import EM
 from jaxem.em._fit import fit
@@ -25,7 +23,7 @@ from jaxem.em._solution import RESULTS
 from jaxem.emissions._family import AbstractConjugateFamily
 from jaxem.latents import Exact
 from jaxem.models._alone import as_model, shown
-from jaxem.models._base import AbstractModel, AbstractNamelessModel, all_finite, expected_sums
+from jaxem.models._base import AbstractModel, AbstractNamelessModel
 from jaxem.models._functions import FunctionModel
 
 _DRAWS = 500  # of each component
@@ -44,34 +42,23 @@ def _require(holds: Any, otherwise: str) -> None:
         raise Broken(otherwise)
 
 
-def _e_step(model: Any, data: Any, sample_weight: Any = None) -> tuple[Framed, Array]:
-    return model.e_step(data, sample_weight, posterior=Exact())
+def _weight(model: AbstractModel, data: Any) -> Array | None:
+    """1 for each observation, where the model takes weights: so laws share their programs."""
+    if isinstance(model, FunctionModel) and not model.takes_sample_weight:
+        return None
+    return jax.device_put(np.ones(num_observations(data), float_dtype(model)))
 
 
-_step = eqx.filter_jit(EM().step)
-_at = eqx.filter_jit(Framed.at)
-_m_step = eqx.filter_jit(lambda model, statistics: model.m_step(statistics))
-_gradient_of_q = eqx.filter_jit(jax.grad(lambda m, statistics: m.expected_log_prob(statistics)))
-_score = eqx.filter_jit(jax.grad(lambda m, x, w: expected_sums(m, x, w, Exact(), None)[1]))
+def _e_step(model: Any, data: Any) -> tuple[Framed, Array]:
+    return model.e_step(data, _weight(model, data), posterior=Exact())
 
 
-@eqx.filter_jit
-def _em_map(model: Any, data: Any, weight: Array, direction: Array) -> tuple[Array, Array]:
-    """The next model's estimates, and their derivative along a direction of the weights."""
-
-    def following(weight: Array) -> Array:
-        sums, _ = expected_sums(model, data, weight, Exact(), None)
-        return ravel_pytree(estimates(model.m_step(Framed(sums, model))))[0]
-
-    return jax.jvp(following, (weight,), (direction,))
+def _fit(model: Any, data: Any, weight: Array | None, tol: float | None = None) -> Any:
+    return fit(model, data, sample_weight=weight, tol=tol, max_steps=20, throw=False)
 
 
-def _weighted_fit(model: Any, data: Any, weight: Array) -> Any:
-    return fit(model, data, sample_weight=weight, tol=1e-3, max_steps=20, throw=False)
-
-
-def _rows(data: Any, rows: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf[rows], data)
+def _rows(data: Any, rows: slice) -> Any:
+    return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf)[rows]), data)
 
 
 def _near(what: str, a: Any, b: Any, tol: float, least: float = 1.0) -> str:
@@ -79,34 +66,29 @@ def _near(what: str, a: Any, b: Any, tol: float, least: float = 1.0) -> str:
     worst = 0.0
     for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         left, right = np.asarray(left, float), np.asarray(right, float)
-        gap = np.max(np.abs(left - right), initial=0) / max(least, np.max(np.abs(right), initial=0))
+        with np.errstate(invalid="ignore"):  # of infinities
+            gap = np.max(np.abs(left - right), initial=0)
+        gap = gap / max(least, np.max(np.abs(right), initial=0))
         worst = max(worst, float(gap)) if np.isfinite(gap) else np.inf
     _require(worst <= tol, f"{what} differ by {worst:.1e} (allowed {tol:.0e})")
     return f"within {worst:.1e}"
 
 
-def _ones(model: Any, data: Any) -> Array:
-    return jnp.ones(num_observations(data), float_dtype(model))
+def _spoilt(data: Any, rows: slice) -> Any:
+    """The data, but what no family accepts in some observations; what is observed stays so."""
 
+    def one(leaf: Array) -> Array:
+        spoilt = np.array(leaf)
+        if leaf.dtype != jnp.bool_:
+            inexact = jnp.issubdtype(leaf.dtype, jnp.inexact)
+            spoilt[rows] = jnp.inf if inexact else jnp.iinfo(leaf.dtype).min
+        return jax.device_put(spoilt)
 
-def _takes_weight(model: AbstractModel) -> bool:
-    return not isinstance(model, FunctionModel) or model.takes_sample_weight
-
-
-def _spoil(leaf: Array) -> Array:
-    """Data that no family accepts, in every observation; what is observed stays so."""
-    if leaf.dtype == jnp.bool_:
-        return leaf
-    bad = jnp.inf if jnp.issubdtype(leaf.dtype, jnp.inexact) else jnp.iinfo(leaf.dtype).min
-    return jnp.full_like(leaf, bad)
-
-
-def _spoil_first(data: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.at[0].set(_spoil(leaf)[0]), data)
+    return jax.tree.map(one, data)
 
 
 def _next(model: Any, data: Any) -> Any:
-    return _m_step(model, _e_step(model, data)[0])
+    return programs.m_step(model, _e_step(model, data)[0])
 
 
 def _parameters(model: AbstractModel) -> list[str]:
@@ -118,28 +100,27 @@ def _parameters(model: AbstractModel) -> list[str]:
 
 def _additivity(model: Any, data: Any, tol: float) -> str:
     """Unions are sums, weight 2 is twice, weight 0 is absence, reframing back is the identity."""
-    n = num_observations(data)
+    n, weight = num_observations(data), _weight(model, data)
     whole = _e_step(model, data)
-    first = _e_step(model, _rows(data, slice(0, n // 2)))
-    second = _e_step(model, _rows(data, slice(n // 2, n)))
+    first, second = (
+        model.e_step(_rows(data, rows), posterior=Exact())
+        for rows in (slice(n // 2), slice(n // 2, n))
+    )
     found = _near(
         "log-likelihoods of a union and of its parts", first[1] + second[1], whole[1], tol
     )
-    parts = (first[0] + second[0]).sums
-    _near("statistics of a union and of its parts", parts, whole[0].sums, tol)
-    if _takes_weight(model):
-        keep = jnp.arange(n) < n // 2
-        weight = jnp.where(keep, 2.0, 0.0).astype(float_dtype(model))
-        spoilt = where_rows(keep, data, jax.tree.map(_spoil, data))
-        statistics, value = _e_step(model, spoilt, weight)
-        doubled = (2.0 * first[0]).sums, 2 * first[1]
+    pairs = programs.sums_of(
+        model, programs.m_step(model, whole[0]), *(s.sums for s, _ in (whole, first, second))
+    )
+    for what, (left, right) in pairs.items():
+        _near(f"statistics {what}", left, right, tol)
+    if weight is not None:
+        weight = jax.device_put(np.where(np.arange(n) < n // 2, 2.0, 0.0).astype(weight.dtype))
+        spoilt = _spoilt(data, slice(n // 2, n))
+        statistics, value = model.e_step(spoilt, weight, posterior=Exact())
         weighted = statistics.sums, value
+        doubled = jax.tree.map(lambda leaf: 2 * np.asarray(leaf), (first[0].sums, first[1]))
         _near("weights 2 and 0, and observations given twice or not", weighted, doubled, tol)
-    statistics, other = whole[0], _next(model, data)
-    there = _at(statistics, other)
-    _near("statistics there and back", _at(there, model).sums, statistics.sums, tol)
-    twice = _at(2.0 * statistics, other)
-    _near("twice the sums, reframed", twice.sums, (2.0 * there).sums, tol)
     return found
 
 
@@ -147,8 +128,8 @@ def _fisher(model: Any, data: Any, tol: float) -> str:
     if isinstance(model, FunctionModel):
         raise NotApplicable("its functions do not give its Q")
     statistics, _ = _e_step(model, data)
-    score = _score(model, data, _ones(model, data))
-    of_q = _gradient_of_q(model, statistics)
+    score = programs.score(model, data, _weight(model, data))
+    of_q = programs.gradient_of_q(model, statistics)
     for family in filter(_is_family, jax.tree.leaves(model, is_leaf=_is_family)):
         _mean_score_is_zero(family, tol)
     return _near("the score and the gradient of Q", of_q, score, 10 * tol)
@@ -160,35 +141,23 @@ def _is_family(node: Any) -> bool:
 
 def _mean_score_is_zero(family: AbstractConjugateFamily, tol: float) -> None:
     """What is expected of a law is at its maximum there, and draws are of that law."""
-    name, expected = type(family).__name__, family.expected()
-    slope = jax.grad(lambda f: f.expected_log_prob(f.reframe(expected, family)))(family)
-    zero = jax.tree.map(jnp.zeros_like, slope)
+    name, k = type(family).__name__, family.num_components
+    z = jax.device_put(np.arange(_DRAWS * k) % k)
+    slope, possible, scores = programs.scores_of_law(family, jax.random.key(0), z)
+    zero = jax.tree.map(np.zeros_like, slope)
     _near(f"the slope of Q at {name}.expected() and zero", slope, zero, 10 * tol)
-    z = jnp.arange(_DRAWS * family.num_components) % family.num_components
-    x, scores = _scores_of_draws(family, jax.random.key(0), z)
-    _require(jnp.all(family.in_support(x)), f"{name}.sample draws outside its support")
-    for score in jax.tree.leaves(scores):
-        error = jnp.std(score, axis=0) / len(z) ** 0.5
-        far = jnp.abs(jnp.mean(score, axis=0)) > 6 * error + tol
-        _require(~jnp.any(far), f"{name}.sample draws from another law than log_prob says")
-
-
-@eqx.filter_jit
-def _scores_of_draws(family: Any, key: Array, z: Array) -> tuple[Array, Any]:
-    x = family.sample(key, z)
-
-    def log_prob(family: Any, x: Array, z: Array) -> Array:
-        return family.log_prob(x[None], family.tilt())[0, z]
-
-    return x, jax.vmap(jax.grad(log_prob), in_axes=(None, 0, 0))(family, x, z)
+    _require(possible, f"{name}.sample draws outside its support")
+    for mean, spread in scores:
+        far = np.abs(mean) > 6 * np.asarray(spread) / len(z) ** 0.5 + tol
+        _require(not np.any(far), f"{name}.sample draws from another law than log_prob says")
 
 
 def _ascent(model: Any, data: Any, tol: float) -> str:
-    problem = Problem(data)
+    problem = Problem(data, _weight(model, data))
     state = EM().init(model, problem)
     n = problem.num_observations
     for number in range(1, 11):
-        after = _step(state, problem)
+        after = programs.step(state, problem)
         slack = tol * (n + abs(float(state.objective)))
         _require(
             after.objective >= state.objective - slack,
@@ -202,8 +171,7 @@ def _free_leaves(model: Any, data: Any, tol: float) -> str:
     _parameters(model)
     other = _next(model, data)
     for share in (0.5, -0.5, 1.5):
-        blend = jax.tree.map(lambda a, b, s=share: (1 - s) * a + s * b, model, other)
-        finite = all_finite(named_parameters(blend))
+        blend, finite = programs.blend(model, other, np.asarray(share, float_dtype(model)))
         _require(finite, "a blend of two models has parameters that are not finite")
         _require(jnp.isfinite(_e_step(blend, data)[1]), "a blend of two models has no likelihood")
     return "three blends of two models"
@@ -212,14 +180,9 @@ def _free_leaves(model: Any, data: Any, tol: float) -> str:
 def _frozen(model: Any, data: Any, tol: float) -> str:
     names = _parameters(model)
     statistics, _ = _e_step(model, data)
-    for name in names:
-        frozen = as_model(freeze(shown(model), name), "check_model")
-        moved = _m_step(frozen, Framed(statistics.sums, frozen))
-        before: Any = named_parameters(shown(frozen))
-        after: Any = named_parameters(shown(moved))
-        for part in name.split("."):
-            before, after = before[part], after[part]
-        _require(jnp.array_equal(before, after), f"{name} moved although it is frozen")
+    pairs = programs.frozen_parameters(model, statistics.sums, names)
+    for name, (before, after) in zip(names, pairs, strict=True):
+        _require(np.array_equal(before, after), f"{name} moved although it is frozen")
     return ", ".join(names)
 
 
@@ -230,54 +193,52 @@ def _float32(model: Any, data: Any, tol: float) -> str:
     def single(leaf: Array) -> Array:
         return leaf.astype(jnp.float32) if leaf.dtype == jnp.float64 else leaf
 
-    wide = fit(model, data, max_steps=20, tol=0.0, throw=False)
-    narrow = fit(*jax.tree.map(single, (model, data)), max_steps=20, tol=0.0, throw=False)
+    given = model, data, _weight(model, data)
+    wide, narrow = _fit(*given, tol=0.0), _fit(*jax.tree.map(single, given), tol=0.0)
     n = num_observations(data)
     found = _near("objectives per observation", narrow.objective / n, wide.objective / n, 1e-3)
     tiny = float(jnp.finfo(jnp.float32).eps)
-    pair = estimates(narrow.model), estimates(wide.model)
+    pair = programs.estimates_of(narrow.model), programs.estimates_of(wide.model)
     return f"objective {found}, parameters " + _near("parameters", *pair, 1e-3, tiny)
 
 
 def _honest(model: Any, data: Any, tol: float) -> str:
-    solution = fit(model, data, max_steps=20, throw=False)
+    solution = _fit(model, data, _weight(model, data))
     again = _e_step(as_model(solution.model, "check_model"), data)
     last = solution.history[solution.num_steps]
     _near("objective and last history entry", solution.objective, last, 0.0)
     own = solution.statistics.sums
     _near("statistics of the solution and of its model", own, again[0].sums, tol)
     _near("log-likelihood of the solution and of its model", solution.log_likelihood, again[1], tol)
-    spoilt = fit(model, _spoil_first(data), max_steps=20, throw=False)
+    spoilt = _fit(model, _spoilt(data, slice(1)), _weight(model, data))
     _require(spoilt.result == RESULTS.invalid_data, "a spoilt observation was not called invalid")
     return "objective and statistics belong to the model"
 
 
 def _derivatives(model: Any, data: Any, tol: float) -> str:
     """The scale of weights changes nothing; derivatives are differences, and finite at weight 0."""
-    if not _takes_weight(model):
+    ones = _weight(model, data)
+    if ones is None:
         raise NotApplicable("its E-step takes no sample_weight")
-    ones = _ones(model, data)
-    once, fourfold = _weighted_fit(model, data, ones), _weighted_fit(model, data, 4 * ones)
+    once, fourfold = _fit(model, data, ones, 1e-3), _fit(model, data, 4 * ones, 1e-3)
     _require(once.num_steps == fourfold.num_steps, "weights of 4 change the number of steps")
     single = ones.dtype != jnp.float64
     step, allowed = (1e-2, 5e-2) if single else (1e-5, 1e-6)
     direction = jnp.cos(jnp.arange(len(ones), dtype=ones.dtype))
-    after, _ = _em_map(model, data, ones + step * direction, direction)
-    before, _ = _em_map(model, data, ones - step * direction, direction)
-    _, slope = _em_map(model, data, ones, direction)
+    after, _ = programs.em_map(model, data, ones + step * direction, direction)
+    before, _ = programs.em_map(model, data, ones - step * direction, direction)
+    _, slope = programs.em_map(model, data, ones, direction)
     found = _near("a derivative and differences", slope, (after - before) / (2 * step), allowed)
-    score = _score(model, _spoil_first(data), ones.at[0].set(0))
-    _require(all_finite(score), "an observation of weight 0 spoils the gradient")
+    score = programs.score(model, _spoilt(data, slice(1)), ones.at[0].set(0))
+    _require(programs.is_finite(score), "an observation of weight 0 spoils the gradient")
     return f"a derivative and differences {found}"
 
 
 def _compile_once(model: Any, data: Any, tol: float) -> str:
     """A fit of an equal model, with other numbers, runs the program of the first fit."""
-    weights: list[Any] = [None, None]
-    if _takes_weight(model):
-        weights = [_ones(model, data), 4 * _ones(model, data)]
-    other = copy.deepcopy(model)
-    _weighted_fit(model, data, weights[0])
+    weight, other = _weight(model, data), copy.deepcopy(model)
+    scaled = None if weight is None else 4 * weight
+    _fit(model, data, weight, 1e-3)
     compiled: list[str] = []
 
     def listen(event: str, duration_secs: float, **kwargs: Any) -> None:
@@ -286,7 +247,7 @@ def _compile_once(model: Any, data: Any, tol: float) -> str:
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        _weighted_fit(other, data, weights[1])
+        _fit(other, data, scaled, 1e-3)
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     _require(not compiled, f"a second fit of an equal model compiled {len(compiled)} programs")

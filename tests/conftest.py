@@ -20,6 +20,8 @@ if JAXLIB in ("0.10", "0.11", "0.12"):
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
         "--xla_cpu_parallel_codegen_split_count=1",
+        "--xla_disable_hlo_passes=while-loop-invariant-code-motion,while-loop-constant-sinking,"
+        "simplify-while-loops",
     ]
 if JAXLIB in ("0.10", "0.11"):  # 0.12 has no other emitters
     FLAGS += ["--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"]

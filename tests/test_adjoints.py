@@ -68,11 +68,16 @@ def agree(a, b, tol):
 ZERO = jnp.zeros(3)
 
 
+@functools.cache
+def implicit(name):
+    """Data, weights and prior move; compiled, and side by side with other lanes."""
+    case = CASES[name]()
+    return gradient_and_difference(lambda t: perturbed_fit(case, jaxem.em.Implicit(), t))
+
+
 @pytest.mark.parametrize("name", cases("mixture", "mechanism"))
 def test_implicit_gradient(name):
-    """Data, weights and prior move; compiled, and side by side with another lane."""
-    case = CASES[name]()
-    agree(*gradient_and_difference(lambda t: perturbed_fit(case, jaxem.em.Implicit(), t)), 1e-6)
+    agree(*implicit(name), 1e-6)
 
 
 @pytest.mark.parametrize("name", ["independent", "poisson-regression"])
@@ -92,8 +97,8 @@ def test_gradients_through_the_steps(name):
 
 def test_every_adjoint_and_both_modes_agree():
     case = CASES["gaussian"]()
-    expected = jax.jit(jax.grad(lambda t: perturbed_fit(case, jaxem.em.Implicit(), t)))(ZERO)
-    assert jnp.all(expected != 0)
+    expected, _ = implicit("gaussian")
+    assert np.all(expected != 0)
     for adjoint, transform in [
         (jaxem.em.Implicit(), jax.jacfwd),
         (jaxem.em.Forward(), jax.jacfwd),

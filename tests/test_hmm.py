@@ -38,6 +38,16 @@ def step(model, data, prior=None, posterior=jaxem.em.Exact()):
     return model.m_step(total), total, value
 
 
+def climb(model, data, num_steps):
+    """The model after some steps, none of which falls."""
+    values = []
+    for _ in range(num_steps):
+        model, _, value = step(model, data)
+        values.append(value)
+    assert np.all(np.diff(values) > -1e-9)
+    return model
+
+
 @eqx.filter_jit
 def of_q(model, statistics):
     return jax.value_and_grad(lambda m: m.expected_log_prob(statistics))(model)
@@ -67,11 +77,11 @@ def close(a, b, tol=1e-10):
 
 
 def finite(tree):
-    return all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(tree))
+    return all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(tree))
 
 
 def lane(tree, index):
-    return jax.tree.map(lambda leaf: leaf[index], tree)
+    return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf)[index]), tree)
 
 
 def gaussians(initial=(0.6, 0.4), transition=STAY):
@@ -276,14 +286,14 @@ def test_the_m_step_shares_expected_counts():
 
 def test_structural_zeros_stay_zero():
     model, data, *_ = CASES["hmm-left-to-right"]()
-    solution = jaxem.fit(model, data, tol=0.0, max_steps=10)
+    fitted = climb(model, data, 10)
     possible = np.triu(np.tri(3, k=1)) > 0
-    matrix = np.asarray(solution.model.transition.matrix)
+    matrix = np.asarray(fitted.transition.matrix)
     assert np.all((matrix > 0) == possible)
     assert model.num_free_parameters == 2 + 2 + 6
     close(shares(counted(model, data)[1]), step(model, data)[0].transition.matrix)
-    smoothed = np.asarray(solution.model.responsibilities(data))
-    paths, _ = solution.model.viterbi(data)
+    smoothed = np.asarray(fitted.responsibilities(data))
+    paths, _ = fitted.viterbi(data)
     assert np.all(np.diff(paths, axis=1) >= 0) and np.all(np.diff(paths, axis=1) <= 1)
     never = jaxem.factors.Transition.left_to_right(3, 0.7)
     ahead = HMM([1.0, 0.0, 0.0], never, model.emission)  # floored, not a structural zero
@@ -314,10 +324,8 @@ def test_tied_rows_share_their_counts():
     _, moved = counted(model, data)
     pooled = jnp.stack([moved[0] + moved[2], moved[1], moved[0] + moved[2]])
     close(step(model, data)[0].transition.matrix, shares(pooled))
-    solution = jaxem.fit(model, data, tol=0.0, max_steps=15)
-    matrix = solution.model.transition.matrix
+    matrix = climb(model, data, 15).transition.matrix
     np.testing.assert_array_equal(matrix[0], matrix[2])
-    assert np.all(np.diff(solution.history) > -1e-9)
 
 
 @pytest.mark.parametrize(
@@ -347,9 +355,8 @@ def test_freezing(name, mask):
         assert frozen.num_free_parameters == model.num_free_parameters - which.sum()
     moved = jaxem.freeze(free, name, mask=mask)
     assert of_q(after, statistics)[0] <= of_q(moved, statistics)[0] + 1e-9
-    solution = jaxem.fit(frozen, data, tol=0.0, max_steps=10)
-    assert np.all(np.diff(solution.history) > -1e-9)
-    np.testing.assert_allclose(get(solution.model)[which], get(model)[which], rtol=1e-14)
+    fitted = climb(frozen, data, 10)
+    np.testing.assert_allclose(get(fitted)[which], get(model)[which], rtol=1e-14)
     assert jax.tree.structure(jaxem.unfreeze(frozen, name)) == jax.tree.structure(model)
 
 
@@ -1036,7 +1043,7 @@ def test_criteria_count_steps():
 def test_fits_in_lanes_and_compiled_are_the_fit():
     model, data, *_ = CASES["hmm-stationary"]()
     other = data[::-1] + 1
-    options = dict(max_steps=40, throw=False)
+    options = dict(tol=1e-6, throw=False)
     batch = jax.jit(jax.vmap(lambda x: jaxem.fit(model, x, **options)))(jnp.stack([data, other]))
     for i, x in enumerate((data, other)):
         close(lane(batch, i), jaxem.fit(model, x, **options), 1e-9)

@@ -21,7 +21,7 @@ def models(count, family=jaxem.emissions.Poisson, data=X):
 
 
 def lane(tree, index):
-    return jax.tree.map(lambda leaf: leaf[index], tree)
+    return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf)[index]), tree)
 
 
 def close(a, b, tol=1e-10):

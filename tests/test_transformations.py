@@ -33,7 +33,7 @@ def close(a, b, tol=1e-11):
 
 
 def lane(tree, index):
-    return jax.tree.map(lambda leaf: leaf[index], tree)
+    return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf)[index]), tree)
 
 
 def lanes(count):
