@@ -171,7 +171,9 @@ def _free_leaves(model: Any, data: Any, tol: float) -> str:
     _parameters(model)
     other = _next(model, data)
     for share in (0.5, -0.5, 1.5):
-        blend, finite = programs.blend(model, other, np.asarray(share, float_dtype(model)))
+        blend, finite = programs.blend(
+            model, other, jax.device_put(np.asarray(share, float_dtype(model)))
+        )
         _require(finite, "a blend of two models has parameters that are not finite")
         _require(jnp.isfinite(_e_step(blend, data)[1]), "a blend of two models has no likelihood")
     return "three blends of two models"

@@ -193,8 +193,7 @@ def solve_free(
     matrix = la.matmul(la.matmul(directions, moments), la.transpose(directions))
     diagonal = jnp.diagonal(matrix, axis1=-2, axis2=-1)
     size = jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1))
-    _, left, found = eliminated(lax.stop_gradient(matrix))
-    determined = found & ~(left <= least)
+    _, _, determined = eliminated(lax.stop_gradient(matrix), least)
     inverse = la.inverse_of_lower(
         la.cholesky(_restricted(matrix / la.outer(size, size), determined))
     )
@@ -206,20 +205,24 @@ def solve_free(
 
 def eliminated(
     matrix: Float[Array, "*b q q"],
+    least: Float[Array, "*b q"] | float = 0.0,
 ) -> tuple[Float[Array, "*b q q"], Float[Array, "*b q"], Bool[Array, "*b q"]]:
     """Λ, what is left of the diagonal D, and which rows count, of a matrix Λ D Λᵀ.
 
-    Rows that those before them explain, to rounding, do not count and explain nothing.
+    Rows that those before them explain, to rounding or to what is `least`, do not count and explain
+    nothing.
     """
     diagonal = jnp.diagonal(matrix, axis1=-2, axis2=-1)
     size = jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1))
-    ridge = RIDGE * jnp.finfo(matrix.dtype).eps
+    ridge = jnp.maximum(RIDGE * jnp.finfo(matrix.dtype).eps, lax.stop_gradient(least) / size**2)
+    ridge = jnp.broadcast_to(ridge, size.shape)
 
     def sweep(j: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         rest, lower, left, found = carry
         row = lax.dynamic_index_in_dim(rest, j, -1, keepdims=False)
         pivot = lax.dynamic_index_in_dim(row, j, -1)
-        counts = ~(pivot <= ridge)  # NaN is no reason to leave one out
+        bound = lax.dynamic_index_in_dim(ridge, j, -1)
+        counts = ~(pivot <= bound)  # NaN is no reason to leave one out
         here = jnp.arange(left.shape[-1]) == j
         share = jnp.where(counts, row / jnp.where(counts, pivot, 1), here)
         rest = rest - jnp.where(counts[..., None], la.outer(row, share), 0)

@@ -39,7 +39,7 @@ def no_worse(
     eps = jnp.finfo(old.objective.dtype).eps
     height = jax.jit(lambda state: _height(state, direction, problem))  # so that it is traced once
     before, rise = height(old)
-    bound = before - 30 * rounding(before, total, moved_by_rounding(old.statistics, total))
+    bound = before - 30 * rounding(before, total, moved_by_rounding(old.statistics))
     steepest = -0.5 * jnp.maximum(rise, 0) - eps**2 * total
 
     def too_long(carry: tuple[Array, tuple[Array, Array]]) -> Array:

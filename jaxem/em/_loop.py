@@ -20,7 +20,7 @@ from jaxem._core.parameters import with_frozen
 from jaxem._core.statistics import Framed
 from jaxem.em._algorithm import AbstractAlgorithm, State
 from jaxem.em._problem import Problem
-from jaxem.em._rounding import gap, jittered, rounding
+from jaxem.em._rounding import distance, gap, jittered, nudged, rounding
 from jaxem.em._solution import RESULTS, is_any
 from jaxem.models._base import AbstractModel
 
@@ -143,7 +143,8 @@ class Loop(eqx.Module):
         finite = jnp.isfinite(new.objective) & jnp.isfinite(change)
         fell = jnp.asarray(traits.monotone) & (gain < -300 * off)
         small = (tol > 0) & (change <= jnp.maximum(tol, resolution))
-        small = small & (jnp.abs(gain) <= jnp.maximum(tol * total, 10 * off))
+        excused = jnp.minimum(10 * off, jnp.sqrt(tol) * total)  # as rounding
+        small = small & (jnp.abs(gain) <= jnp.maximum(tol * total, excused))
         small = small & self.algorithm.conclusive(new)
         if not traits.maximal:
             left = _distance(inputs.problem.with_prior(new.statistics), total) / total
@@ -203,26 +204,27 @@ def _movement(new: Framed, old: Framed, total: Any) -> Float[Array, " 3"]:
     of one where each moved by that of the largest beside it. Counts are the same about any model:
     what moves them is their own rounding.
     """
-    eps = {leaf.dtype: jnp.finfo(leaf.dtype).eps for leaf in jax.tree.leaves(new.frame)}
-    nudged = jax.tree.map(lambda leaf: leaf * (1 + eps[leaf.dtype]), new.frame)
     frames, aims = jax.tree.map(
         lambda *leaves: jnp.stack(leaves),
         (old.frame, old.sums),
-        (nudged, new.sums),
+        (nudged(new.frame), new.sums),
         (jittered(new.frame), new.sums),
     )
     moved = jax.vmap(lambda frame: new.at(frame).sums)(frames)  # so that reframing compiles once
-    gaps = jax.vmap(gap, (0, 0, None))(moved, aims, total)
+    gaps = jax.vmap(gap)(moved, aims)
     leaves = [leaf for leaf in jax.tree.leaves(new.sums) if eqx.is_inexact_array(leaf)]
     sizes = [jnp.finfo(leaf.dtype).eps * jnp.max(jnp.abs(leaf)) for leaf in leaves]
-    return gaps.at[1].max(jnp.max(jnp.stack(sizes)))
+    before, now = jax.tree.map(lambda leaf: leaf[0], (moved, aims))
+    return jnp.stack(
+        [distance(before, now, total), jnp.maximum(gaps[1], jnp.max(jnp.stack(sizes))), gaps[2]]
+    )
 
 
 def _distance(statistics: Framed, total: Any) -> Float[Array, ""]:
     """How far statistics would move by the model's own M-step: its gain is half the square."""
     frame = statistics.frame
     aim = with_frozen(frame.m_step(statistics), frame)
-    return gap(statistics.at(aim).sums, statistics.sums, total)
+    return distance(statistics.at(aim).sums, statistics.sums, total)
 
 
 def _valid_weight(sample_weight: Float[Array, " n"] | None) -> Bool[Array, ""]:

@@ -6,6 +6,7 @@ numbers do, each by the rounding of the largest beside it (the centroid of means
 number to all of them), up and down in turn, so that the effects of two never cancel.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,20 +14,35 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxem._core.parameters import without_frames
 from jaxem._core.quadratic import LocalQuadratic
 from jaxem._core.statistics import Framed
 
 _SHARE = 1 / 30  # of what statistics move: objectives were off by 17 such shares, at most
 
 
+def nudged(model: Any) -> Any:
+    """The model with each parameter off by its own rounding; frames are no parameters."""
+    return _changed(model, lambda leaf: leaf)
+
+
 def jittered(model: Any) -> Any:
-    """The model with each number off by the rounding of the largest along its leading axis."""
+    """The model with each parameter off by the rounding of the largest along its leading axis."""
 
-    def one(leaf: Array) -> Array:
+    def change(leaf: Array) -> Array:
         size = jnp.max(jnp.abs(leaf), axis=0, keepdims=True) if leaf.ndim else jnp.abs(leaf)
-        return leaf + jnp.finfo(leaf.dtype).eps * _signs(leaf.shape).astype(leaf.dtype) * size
+        return _signs(leaf.shape).astype(leaf.dtype) * size
 
-    return jax.tree.map(one, model)
+    return _changed(model, change)
+
+
+def _changed(model: Any, change: Callable[[Array], Array]) -> Any:
+    """The model with roundings of `change` added to the leaves of parameters."""
+
+    def one(leaf: Array, is_parameter: Array) -> Array:
+        return leaf + jnp.finfo(leaf.dtype).eps * is_parameter * change(leaf)
+
+    return jax.tree.map(one, model, without_frames(jax.tree.map(jnp.ones_like, model)))
 
 
 def rounding(
@@ -36,26 +52,28 @@ def rounding(
     return jnp.finfo(objective.dtype).eps * (jnp.abs(objective) + total) + _SHARE * moved
 
 
-def moved_by_rounding(statistics: Framed, total: Any) -> Float[Array, ""]:
+def moved_by_rounding(statistics: Framed) -> Float[Array, ""]:
     """How far jittering moves statistics about their own frame."""
-    return gap(statistics.at(jittered(statistics.frame)).sums, statistics.sums, total)
+    return gap(statistics.at(jittered(statistics.frame)).sums, statistics.sums)
 
 
-def gap(sums: Any, others: Any, total: Any) -> Float[Array, ""]:
-    """The largest difference between two sums of one structure, of so many observations.
+def gap(sums: Any, others: Any) -> Float[Array, ""]:
+    """The largest difference between two sums of one structure."""
+    gaps = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)), sums, others)
+    return jnp.max(jnp.stack(jax.tree.leaves(gaps)))
+
+
+def distance(sums: Any, others: Any, total: Any) -> Float[Array, ""]:
+    """How far apart two sums of one structure are, of so many observations.
 
     Values of a quadratic differ by the square of a distance in the metric of its curvature.
     """
 
     def apart(a: Any, b: Any) -> Float[Array, ""]:
         if isinstance(a, LocalQuadratic):
-            distance = jnp.sqrt(total * jnp.abs(a.value - b.value))
-            return jnp.maximum(distance, largest(a._replace(value=b.value), b))
-        return largest(a, b)
-
-    def largest(a: Any, b: Any) -> Float[Array, ""]:
-        gaps = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)), a, b)
-        return jnp.max(jnp.stack(jax.tree.leaves(gaps)))
+            root = jnp.sqrt(total * jnp.abs(a.value - b.value))
+            return jnp.maximum(root, gap(a._replace(value=b.value), b))
+        return gap(a, b)
 
     parts = jax.tree.map(apart, sums, others, is_leaf=lambda s: isinstance(s, LocalQuadratic))
     return jnp.max(jnp.stack(jax.tree.leaves(parts)))

@@ -17,7 +17,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 from numpy.typing import ArrayLike
 
 from jaxem._core import linalg as la
@@ -25,7 +25,7 @@ from jaxem._core.causes import caused
 from jaxem._core.checks import check_continuous
 from jaxem._core.constraints import leaves_of, real
 from jaxem._core.inputs import InputFrame, LinearSums, runs_away
-from jaxem._core.numerics import pseudo_count
+from jaxem._core.numerics import ROUNDINGS, pseudo_count
 from jaxem._core.parameters import Frozen, free, replace, update
 from jaxem._core.quadratic import AbstractLocal, Blocks, LocalQuadratic, shortened, square_tilt
 from jaxem._core.statistics import Framed
@@ -139,18 +139,27 @@ class LogisticGate(AbstractFactor, AbstractLocal):
         )
         return replace(new, inputs=self.inputs.moved(sums.moments[None]))
 
-    def _directions(self) -> Float[Array, "q q"]:
-        """What is free, end to end; of what all components have in common the last one has none."""
-        k, q = self.num_components, 1 + self.slopes.shape[1]
-        rows = np.stack([free(self, "intercept")] + (q - 1) * [free(self, "coefficients")], axis=1)
-        rows = rows & ~(rows.all(axis=0) & (np.arange(k) == k - 1)[:, None])
-        each = rows[:, :, None] * self.inputs.free_directions(self)
-        return jnp.einsum("kij,kl->kilj", each, jnp.eye(k, dtype=each.dtype)).reshape(k * q, k * q)
+    def _common(self) -> Bool[np.ndarray, "k q"]:
+        """Of the last component what all can share: the law does not depend on it."""
+        k, p = self.slopes.shape
+        is_free = np.stack([free(self, "intercept")] + p * [free(self, "coefficients")], axis=1)
+        return is_free.all(axis=0) & (np.arange(k) == k - 1)[:, None]
+
+    def _contrasts(self) -> Float[Array, "k q k q"]:
+        """Directions that are free, but what is common."""
+        rows = self.inputs.free_directions(self) * ~self._common()[:, :, None]
+        return jnp.einsum("kij,kl->kilj", rows, jnp.eye(len(rows), dtype=rows.dtype))
 
     def _newton(self, quadratic: LocalQuadratic) -> Float[Array, " q"]:
-        level = jnp.diagonal(quadratic.curvature.matrix).reshape(self.num_components, -1)[:, :1]
-        least = self.inputs.unresolved() * level
-        return quadratic.maximum(self._directions(), least.reshape(-1))
+        """The step to the maximum; a prior alone has a curvature along what is common."""
+        common, shared = self._common(), jnp.sum(self.inputs.free_directions(self), axis=0)
+        directions = jnp.where(common[:, :, None, None], shared[:, None], self._contrasts())
+        curvature = jnp.diagonal(quadratic.curvature.matrix).reshape(common.shape)
+        least = self.inputs.unresolved() * curvature[:, :1]
+        reach = la.apply(jnp.abs(shared), jnp.sqrt(jnp.max(curvature, axis=0)))
+        rounding = ROUNDINGS * jnp.finfo(reach.dtype).eps * reach**2
+        least = jnp.where(common, rounding, least)
+        return quadratic.maximum(directions.reshape(2 * (curvature.size,)), least.reshape(-1))
 
     def degenerate(self, sums: LinearSums) -> Int[Array, " k"]:
         """Why a component's coefficients have no maximum, a member of `CAUSES`."""
@@ -161,7 +170,7 @@ class LogisticGate(AbstractFactor, AbstractLocal):
             self._newton(quadratic),
             quadratic.curvature.matrix,
             moments,
-            self._directions(),
+            self._contrasts().reshape(2 * (self._common().size,)),
             quadratic.count,
             unresolved.reshape(-1),
         )
