@@ -31,7 +31,7 @@ def jittered(model: Any) -> Any:
 
     def change(leaf: Array) -> Array:
         size = jnp.max(jnp.abs(leaf), axis=0, keepdims=True) if leaf.ndim else jnp.abs(leaf)
-        return _signs(leaf.shape).astype(leaf.dtype) * size
+        return size * _signs(leaf.shape).astype(leaf.dtype)
 
     return _changed(model, change)
 
