@@ -327,7 +327,7 @@ def test_slots_carry_the_variants(name):
 
 def test_variants_declare_what_they_promise():
     assert EM().traits == Traits()
-    assert EM(maximization=LBFGS).traits == Traits(stationary=False)
+    assert EM(maximization=LBFGS).traits == Traits(stationary=False, maximal=False)
     assert EM(accumulation=Incremental(4)).traits.period == 4
     for name in ("online, all observations", "Monte-Carlo", "incremental"):
         algorithm = VARIANTS[name][0]

@@ -231,8 +231,8 @@ def test_is_one_short_file(path):
     )
 
 
-def test_factor_analysis(tmp_path):
-    text = run("factor_analysis.py", "out.png", cwd=tmp_path)
+def test_factor_analysis(run, tmp_path):
+    text = run("factor_analysis.py", "out.png")
     # R factanal: χ² 6.11 on 4 degrees of freedom, p = 0.191
     assert re.search(r"2 +-817\.796 +6\.107 +4 +0\.191", text)
     assert "correlation of 0.48" in text

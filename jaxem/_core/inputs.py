@@ -36,6 +36,7 @@ from jaxem._core.parameters import free
 from jaxem._core.quadratic import LocalQuadratic, eliminated
 
 _PASSES = 2
+_COARSE = 0.1  # of the deviation of an input, that is rounding
 
 
 class LinearSums(NamedTuple):
@@ -158,6 +159,17 @@ class InputFrame(eqx.Module):
         deviation = jnp.sqrt(jnp.sum(factor**2, axis=2))
         off = _rounding(jnp.maximum(jnp.abs(self._origin), deviation)) / self._scale
         return jnp.pad(off**2, ((0, 0), (1, 0)))
+
+    def roundings(self) -> InputFrame:
+        """Which of its numbers make sums coarse: B, in rows of inputs that are not all rounding.
+
+        Differences from c are exact.
+        """
+        zero = jnp.zeros_like(self.mean)
+        coarse = (self.unresolved()[:, 1:] < _COARSE**2)[:, :, None]
+        return InputFrame(
+            zero, zero, jnp.broadcast_to(coarse, self.slopes.shape).astype(zero.dtype)
+        )
 
     def free_directions(self, module: Any) -> Float[Array, "k q q"]:
         """Rows that span the coefficients that are free; zero rows for what is frozen.

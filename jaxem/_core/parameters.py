@@ -210,7 +210,7 @@ def free_numbers(model: _T) -> tuple[jax.Array, Callable[[jax.Array], _T]]:
     """
     flat, unravel = ravel_pytree(model)
     ones, zeros = (unravel(jnp.full_like(flat, value)) for value in (1.0, 0.0))
-    free, _ = ravel_pytree(with_frozen(without_frames(ones), zeros))
+    free, _ = ravel_pytree(with_frozen(_without_frames(ones), zeros))
     return flat, lambda numbers: unravel(jnp.where(free > 0, numbers, flat))
 
 
@@ -225,7 +225,7 @@ def log_numbers(model: Any) -> jax.Array:
     return ravel_pytree(_map_modules(one, unravel(jnp.zeros_like(flat))))[0] > 0
 
 
-def without_frames(module: _T) -> _T:
+def _without_frames(module: _T) -> _T:
     """The module with zeros in leaves behind no parameter; one without names has none."""
 
     def one(module: Any) -> Any:

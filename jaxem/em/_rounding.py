@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxem._core.parameters import without_frames
+from jaxem._core.inputs import InputFrame
 from jaxem._core.quadratic import LocalQuadratic
 from jaxem._core.statistics import Framed
 
@@ -22,12 +22,12 @@ _SHARE = 1 / 30  # of what statistics move: objectives were off by 17 such share
 
 
 def nudged(model: Any) -> Any:
-    """The model with each parameter off by its own rounding; frames are no parameters."""
+    """The model with each number off by its own rounding."""
     return _changed(model, lambda leaf: leaf)
 
 
 def jittered(model: Any) -> Any:
-    """The model with each parameter off by the rounding of the largest along its leading axis."""
+    """The model with each number off by the rounding of the largest along its leading axis."""
 
     def change(leaf: Array) -> Array:
         size = jnp.max(jnp.abs(leaf), axis=0, keepdims=True) if leaf.ndim else jnp.abs(leaf)
@@ -37,12 +37,16 @@ def jittered(model: Any) -> Any:
 
 
 def _changed(model: Any, change: Callable[[Array], Array]) -> Any:
-    """The model with roundings of `change` added to the leaves of parameters."""
+    """The model with roundings of `change` added, of a frame those that make sums coarse."""
 
-    def one(leaf: Array, is_parameter: Array) -> Array:
-        return leaf + jnp.finfo(leaf.dtype).eps * is_parameter * change(leaf)
+    def share(node: Any) -> Any:
+        return node.roundings() if isinstance(node, InputFrame) else jnp.ones_like(node)
 
-    return jax.tree.map(one, model, without_frames(jax.tree.map(jnp.ones_like, model)))
+    def one(leaf: Array, share: Array) -> Array:
+        return leaf + jnp.finfo(leaf.dtype).eps * share * change(leaf)
+
+    shares = jax.tree.map(share, model, is_leaf=lambda node: isinstance(node, InputFrame))
+    return jax.tree.map(one, model, shares)
 
 
 def rounding(

@@ -145,34 +145,41 @@ class LogisticGate(AbstractFactor, AbstractLocal):
         is_free = np.stack([free(self, "intercept")] + p * [free(self, "coefficients")], axis=1)
         return is_free.all(axis=0) & (np.arange(k) == k - 1)[:, None]
 
-    def _contrasts(self) -> Float[Array, "k q k q"]:
-        """Directions that are free, but what is common."""
+    def _contrasts(self) -> Float[Array, "q q"]:
+        """Rows that span what is free, but for what is common."""
         rows = self.inputs.free_directions(self) * ~self._common()[:, :, None]
-        return jnp.einsum("kij,kl->kilj", rows, jnp.eye(len(rows), dtype=rows.dtype))
+        return _end_to_end(jnp.einsum("kij,kl->kilj", rows, jnp.eye(len(rows), dtype=rows.dtype)))
+
+    def _unresolved(self) -> Float[Array, " q"]:
+        """What the square of ṽ has, of one observation, where v is off by its own rounding."""
+        one = self.inputs.unresolved()
+        return jnp.broadcast_to(one, (self.num_components, one.shape[1])).reshape(-1)
 
     def _newton(self, quadratic: LocalQuadratic) -> Float[Array, " q"]:
-        """The step to the maximum; a prior alone has a curvature along what is common."""
+        """The step to the maximum; along what is common a prior alone has a curvature."""
         common, shared = self._common(), jnp.sum(self.inputs.free_directions(self), axis=0)
-        directions = jnp.where(common[:, :, None, None], shared[:, None], self._contrasts())
+        k, contrasts = self.num_components, self._contrasts()
+        rows = jnp.broadcast_to(shared[:, None], (k, len(shared), k, len(shared)))
+        directions = jnp.where(common.reshape(-1, 1), _end_to_end(rows), contrasts)
         curvature = jnp.diagonal(quadratic.curvature.matrix).reshape(common.shape)
-        least = self.inputs.unresolved() * curvature[:, :1]
         reach = la.apply(jnp.abs(shared), jnp.sqrt(jnp.max(curvature, axis=0)))
         rounding = ROUNDINGS * jnp.finfo(reach.dtype).eps * reach**2
-        least = jnp.where(common, rounding, least)
-        return quadratic.maximum(directions.reshape(2 * (curvature.size,)), least.reshape(-1))
+        least = jnp.where(common, rounding, self.inputs.unresolved() * curvature[:, :1])
+        return quadratic.maximum(directions, least.reshape(-1))
 
     def degenerate(self, sums: LinearSums) -> Int[Array, " k"]:
         """Why a component's coefficients have no maximum, a member of `CAUSES`."""
         quadratic, k = sums.quadratic, self.num_components
-        moments = jnp.kron(jnp.eye(k, dtype=sums.moments.dtype), sums.moments)
-        unresolved = jnp.broadcast_to(self.inputs.unresolved(), (k, sums.moments.shape[0]))
+        contrasts, unresolved = self._contrasts(), self._unresolved()
+        level = jnp.diagonal(quadratic.curvature.matrix).reshape(k, -1)[:, :1]
+        least = unresolved.reshape(k, -1) * level
         endless = runs_away(
-            self._newton(quadratic),
+            quadratic.maximum(contrasts, least.reshape(-1)),
             quadratic.curvature.matrix,
-            moments,
-            self._contrasts().reshape(2 * (self._common().size,)),
+            jnp.kron(jnp.eye(k, dtype=level.dtype), sums.moments),
+            contrasts,
             quadratic.count,
-            unresolved.reshape(-1),
+            unresolved,
         )
         return caused(separation=jnp.any(endless.reshape(k, -1), axis=1))
 
@@ -203,3 +210,8 @@ class LogisticGate(AbstractFactor, AbstractLocal):
         return Framed(
             LinearSums(flat._replace(curvature=Blocks(jnp.diag(diagonal))), moments), frame
         )
+
+
+def _end_to_end(blocks: Float[Array, "k i k j"]) -> Float[Array, "m m"]:
+    k, i, _, _ = blocks.shape
+    return blocks.reshape(k * i, k * i)
