@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxem._core.causes import CAUSES
 from jaxem._core.checks import check_count
-from jaxem._core.parameters import with_frozen
+from jaxem._core.parameters import free_numbers
 from jaxem._core.statistics import Framed
 from jaxem.em._algorithm import AbstractAlgorithm, State
 from jaxem.em._problem import Problem
@@ -135,7 +135,8 @@ class Loop(eqx.Module):
         old, new = carry.state, self.step(carry.state, inputs)
         total = inputs.problem.total_weight
         gain = new.objective - old.objective
-        change, resolution, doubt = _movement(new.statistics, old.statistics, total) / total
+        now, before = (inputs.problem.with_prior(state.statistics) for state in (new, old))
+        change, resolution, doubt = _movement(now, before, total) / total
         estimate = traits.exact and traits.stationary
         error = _estimated_error(carry, change, resolution) if estimate else carry.error
 
@@ -147,7 +148,7 @@ class Loop(eqx.Module):
         small = small & (jnp.abs(gain) <= jnp.maximum(tol * total, excused))
         small = small & self.algorithm.conclusive(new)
         if not traits.maximal:
-            left = _distance(inputs.problem.with_prior(new.statistics), total) / total
+            left = _distance(now, total) / total
             small = small & (left <= jnp.maximum(jnp.sqrt(tol), resolution))
         small_steps = jnp.where(small, carry.small_steps + 1, 0)
         converged = small_steps >= traits.period
@@ -215,15 +216,14 @@ def _movement(new: Framed, old: Framed, total: Any) -> Float[Array, " 3"]:
     leaves = [leaf for leaf in jax.tree.leaves(new.sums) if eqx.is_inexact_array(leaf)]
     sizes = [jnp.finfo(leaf.dtype).eps * jnp.max(jnp.abs(leaf)) for leaf in leaves]
     before, now = jax.tree.map(lambda leaf: leaf[0], (moved, aims))
-    return jnp.stack(
-        [distance(before, now, total), jnp.maximum(gaps[1], jnp.max(jnp.stack(sizes))), gaps[2]]
-    )
+    coarse = jnp.maximum(gaps[1], jnp.max(jnp.stack(sizes)))
+    return jnp.stack([distance(before, now, total), coarse, gaps[2]])
 
 
 def _distance(statistics: Framed, total: Any) -> Float[Array, ""]:
-    """How far statistics would move by the model's own M-step: its gain is half the square."""
+    """How far statistics would move by the model's own M-step, in the same frames."""
     frame = statistics.frame
-    aim = with_frozen(frame.m_step(statistics), frame)
+    aim = free_numbers(frame)[1](free_numbers(frame.m_step(statistics))[0])
     return distance(statistics.at(aim).sums, statistics.sums, total)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxem._core.inputs import InputFrame
+from jaxem._core.numerics import ROUNDINGS
 from jaxem._core.quadratic import LocalQuadratic
 from jaxem._core.statistics import Framed
 
@@ -70,14 +71,16 @@ def gap(sums: Any, others: Any) -> Float[Array, ""]:
 def distance(sums: Any, others: Any, total: Any) -> Float[Array, ""]:
     """How far apart two sums of one structure are, of so many observations.
 
-    Values of a quadratic differ by the square of a distance in the metric of its curvature.
+    Values of a quadratic differ by the square of a distance in the metric of its curvature, where
+    either is near its maximum: where it is flat the way can be long.
     """
 
     def apart(a: Any, b: Any) -> Float[Array, ""]:
-        if isinstance(a, LocalQuadratic):
-            root = jnp.sqrt(total * jnp.abs(a.value - b.value))
-            return jnp.maximum(root, gap(a._replace(value=b.value), b))
-        return gap(a, b)
+        if not isinstance(a, LocalQuadratic):
+            return gap(a, b)
+        noise = ROUNDINGS * jnp.finfo(a.value.dtype).eps * (jnp.abs(a.value) + jnp.abs(b.value))
+        square = jnp.maximum(jnp.abs(a.value - b.value) - noise, 0)
+        return jnp.maximum(jnp.sqrt(total * square), gap(a._replace(value=b.value), b))
 
     parts = jax.tree.map(apart, sums, others, is_leaf=lambda s: isinstance(s, LocalQuadratic))
     return jnp.max(jnp.stack(jax.tree.leaves(parts)))
