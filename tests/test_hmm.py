@@ -625,7 +625,7 @@ def test_a_feed_forward_chain_whose_path_vanishes_is_fitted_in_single_precision(
     log_b = scipy.stats.poisson.logpmf(x[:, None], rate[:, 0])
     leaves = [log_b[:s, 0].sum() + log_b[s:, 1].sum() for s in range(1, 81)]  # the first s steps
     leaves = leaves + np.log(0.97) * np.arange(80) + np.r_[np.full(79, np.log(0.03)), 0]
-    data = jnp.asarray(x)[None, :, None]
+    data = jnp.asarray(x, jnp.float32)[None, :, None]
     np.testing.assert_allclose(model.log_prob(data)[0], scipy.special.logsumexp(leaves), rtol=1e-6)
     assert np.all(model.sample_paths(KEY, data) == 0)
     solution = jaxem.fit(model, data)
