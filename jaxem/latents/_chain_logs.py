@@ -18,15 +18,15 @@ def filter_logs(
     initial: Array, transition: Array, log_prob: Array
 ) -> tuple[Float[Array, " t"], Float[Array, "t k"]]:
     """Log-increments, and log P(zₜ | x₁ … xₜ₋₁)."""
-    zero, log_transition = _log_zero(log_prob), _log(transition)
+    zero, log_transition = log_zero(log_prob), _log(transition)
 
     def step(predicted: Array, here: Any) -> tuple[Array, tuple[Array, Array]]:
         log_b, moves = here
         joint = predicted + jnp.maximum(log_b, zero)
-        increment = _log_sum(joint)
+        increment = log_sum(joint)
         possible = increment > zero / 2
         filtered = jnp.maximum(joint - jnp.where(possible, increment, 0), zero)
-        following = _log_sum(filtered[:, None] + (log_transition if moves is None else moves))
+        following = log_sum(filtered[:, None] + (log_transition if moves is None else moves))
         return following, (jnp.where(possible, increment, -jnp.inf), predicted)
 
     steps = log_prob, log_transition if transition.ndim == 3 else None
@@ -37,7 +37,7 @@ def filtered_logs(
     predicted: Float[Array, "t k"], log_prob: Float[Array, "t k"], increments: Float[Array, " t"]
 ) -> Float[Array, "t k"]:
     """log P(zₜ | x₁ … xₜ)."""
-    zero, given = _log_zero(predicted), increments[:, None]
+    zero, given = log_zero(predicted), increments[:, None]
     joint = predicted + jnp.maximum(log_prob, zero)
     possible = (given > -jnp.inf) & (joint > zero / 2)
     return jnp.where(possible, joint - jnp.where(possible, given, 0), -jnp.inf)
@@ -50,7 +50,7 @@ def smooth_logs(
     within: Bool[Array, " t"],
 ) -> tuple[Float[Array, "t k"], Array]:
     """P(zₜ | x), and expected transitions within: the sum of all, or those of each step."""
-    zero, moves = _log_zero(predicted), _log(transition)
+    zero, moves = log_zero(predicted), _log(transition)
 
     def origin(filtered: Array, predicted: Array, moves: Array) -> Float[Array, "k k"]:
         """P(zₜ₋₁ | zₜ, x₁ … xₜ₋₁)."""
@@ -71,7 +71,7 @@ def smooth_logs(
     return smoothed, jnp.roll(jax.vmap(origin)(*steps) * counted[:, None], -1, axis=0)
 
 
-def _log_zero(like: Array) -> float:
+def log_zero(like: Array) -> float:
     """What stands for log 0: a few of them do not overflow, and nothing else is that small."""
     return -float(jnp.finfo(like.dtype).max) / 8
 
@@ -79,10 +79,10 @@ def _log_zero(like: Array) -> float:
 def _log(probability: Array) -> Array:
     least = jnp.finfo(probability.dtype).tiny
     logs = jnp.log(jnp.maximum(probability, least))
-    return jnp.where(probability > 0, logs, _log_zero(probability))
+    return jnp.where(probability > 0, logs, log_zero(probability))
 
 
-def _log_sum(terms: Array) -> Array:
+def log_sum(terms: Array) -> Array:
     """log Σ exp along the first axis."""
-    top = lax.stop_gradient(jnp.max(terms, axis=0))
+    top = jnp.max(lax.stop_gradient(terms), axis=0)
     return top + jnp.log(jnp.sum(jnp.exp(terms - top), axis=0))
