@@ -22,12 +22,14 @@ def filter_logs(
 
     def step(predicted: Array, here: Any) -> tuple[Array, tuple[Array, Array]]:
         log_b, moves = here
-        joint = predicted + jnp.maximum(log_b, zero)
-        increment = log_sum(joint)
-        possible = increment > zero / 2
-        filtered = jnp.maximum(joint - jnp.where(possible, increment, 0), zero)
+        top = jnp.max(lax.stop_gradient(predicted + log_b))
+        impossible = top < zero / 2  # a NaN stays one
+        top = jnp.where(impossible, 0, top)
+        joint = predicted + (jnp.maximum(log_b, zero) - top)  # first, since both may be large
+        total = log_sum(joint)
+        filtered = jnp.maximum(joint - jnp.where(impossible, 0, total), zero)
         following = log_sum(filtered[:, None] + (log_transition if moves is None else moves))
-        return following, (jnp.where(possible, increment, -jnp.inf), predicted)
+        return following, (jnp.where(impossible, -jnp.inf, top + total), predicted)
 
     steps = log_prob, log_transition if transition.ndim == 3 else None
     return lax.scan(step, _log(initial), steps)[1]
@@ -38,9 +40,11 @@ def filtered_logs(
 ) -> Float[Array, "t k"]:
     """log P(zₜ | x₁ … xₜ)."""
     zero, given = log_zero(predicted), increments[:, None]
-    joint = predicted + jnp.maximum(log_prob, zero)
-    possible = (given > -jnp.inf) & (joint > zero / 2)
-    return jnp.where(possible, joint - jnp.where(possible, given, 0), -jnp.inf)
+    relative = jnp.maximum(log_prob, zero) - jnp.where(given > -jnp.inf, given, 0)
+    joint = predicted + relative
+    impossible = (given == -jnp.inf) | (joint < zero / 2)
+    total = jax.vmap(log_sum)(joint)[:, None]  # log 1 to the rounding of large increments
+    return jnp.where(impossible, -jnp.inf, joint - total)
 
 
 def smooth_logs(
