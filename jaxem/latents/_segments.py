@@ -146,7 +146,7 @@ def _filter(s: Segments, keep: bool = False) -> _Filtered:
         return jnp.where(log < zero, zero, log)  # a NaN stays one
 
     initial, transition, log_prob = map(finite, (s.initial, s.transition, s.log_prob))
-    duration, survival = finite(s.duration.T), finite(_log_survival(s).T)
+    duration, survival = finite(s.duration.T), finite(_log_survival(s))
 
     def see(arrived: Array, log_b: Array) -> tuple[Array, Array]:
         top = jnp.max(jnp.max(lax.stop_gradient(arrived), axis=0) + lax.stop_gradient(log_b))
@@ -166,8 +166,9 @@ def _filter(s: Segments, keep: bool = False) -> _Filtered:
     start, first = see(jnp.full_like(duration, zero).at[0].set(initial), log_prob[0])
     last, (later, kept) = lax.scan(step, start, (log_prob[1:], s.within[1:]))
     scales = jnp.where(s.within, jnp.append(first, later), 0)
-    value = accurate_sum(scales) + log_sum((last + survival).reshape(-1))
-    value = jnp.where(jnp.all(scales != -jnp.inf), value, -jnp.inf)
+    value = accurate_sum(scales)
+    rest = log_sum((last + survival).reshape(-1))
+    value = value + jnp.where(jnp.any(scales == -jnp.inf), 0, rest)
     found = _Filtered(jnp.where(s.within[0], value, 0), scales)
     if kept is None:
         return found
@@ -183,7 +184,7 @@ def _drawn(key: Array, s: Segments, found: _Filtered) -> tuple[Int[Array, " t"],
     last_key, ahead_key, origin_key, time_key = jax.random.split(key, 4)
     gumbel = jax.random.gumbel(origin_key, (steps - 1, k), dtype)
     uniform = jax.random.uniform(time_key, (steps - 1,), dtype)
-    last = jax.random.categorical(last_key, (found.steps[-1] + _log_survival(s).T).reshape(-1))
+    last = jax.random.categorical(last_key, (found.steps[-1] + _log_survival(s)).reshape(-1))
     ends = (last % k).astype(jnp.int32), (last // k).astype(jnp.int32)  # time 0 is the first step
 
     def back(later: tuple[Array, Array], here: Any) -> tuple[tuple[Array, Array], Any]:
@@ -215,21 +216,22 @@ def _counts(s: Segments, states: Array, times: Array, enters: Array) -> Segmente
 
 def _viterbi(s: Segments) -> Int[Array, " t"]:
     """The most probable path, by scores of the best paths into each state and time spent there."""
+    duration, longest = s.duration.T, s.duration.shape[1]
 
-    def step(score: Array, here: Any) -> tuple[Array, tuple[Array, Array]]:  # (k, D), time spent
+    def step(score: Array, here: Any) -> tuple[Array, tuple[Array, Array]]:  # (D, k), time spent
         log_b, counts = here
-        ended = score + s.duration
-        spent = lax.argmax(ended, 1, jnp.int32)
-        ways = jnp.max(ended, axis=1)[:, None] + s.transition
+        ended = score + duration
+        spent = lax.argmax(ended, 0, jnp.int32)
+        ways = jnp.max(ended, axis=0)[:, None] + s.transition
         origin = lax.argmax(ways, 0, jnp.int32)
-        following = jnp.concatenate([jnp.max(ways, axis=0)[:, None], score[:, :-1]], axis=1)
-        top = jnp.max(jnp.max(following, axis=1) + log_b)
-        following = following + (log_b - jnp.where(jnp.isfinite(top), top, 0))[:, None]
+        following = jnp.concatenate([jnp.max(ways, axis=0)[None], score[:-1]])
+        top = jnp.max(jnp.max(following, axis=0) + log_b)
+        following = following + (log_b - jnp.where(jnp.isfinite(top), top, 0))
         return jnp.where(counts, following, score), (origin, spent)
 
-    start = jnp.full_like(s.duration, -jnp.inf).at[:, 0].set(s.initial + s.log_prob[0])
+    start = jnp.full_like(duration, -jnp.inf).at[0].set(s.initial + s.log_prob[0])
     score, (origin, spent) = lax.scan(step, start, (s.log_prob[1:], s.within[1:]))
-    last = lax.argmax((score + _log_survival(s)).reshape(-1), 0, jnp.int32)
+    last = lax.argmax((score + _log_survival(s)).T.reshape(-1), 0, jnp.int32)
 
     def back(carry: tuple[Array, Array], here: Any) -> tuple[tuple[Array, Array], Array]:
         z, time = carry
@@ -238,7 +240,6 @@ def _viterbi(s: Segments) -> Int[Array, " t"]:
         time = jnp.where(entered, spent[before], time - counts)
         return (jnp.where(entered, before, z), time), z
 
-    longest = s.duration.shape[1]
     steps = (origin, spent, s.within[1:])
     (first, _), path = lax.scan(back, (last // longest, last % longest), steps, reverse=True)
     return jnp.concatenate([first[None], path])
@@ -255,17 +256,17 @@ def _log_prob_of_path(s: Segments, path: Int[Array, " t"]) -> Float[Array, ""]:
         (begins & (t == 0), s.initial[path]),
         (begins & (t > 0), s.transition[before, path]),
         (s.within & following[1], s.duration[path, time]),
-        (s.within & ~following[0], _log_survival(s)[path, time]),
+        (s.within & ~following[0], _log_survival(s)[time, path]),
     )
     log_b = jnp.take_along_axis(s.log_prob, path[:, None], axis=1)[:, 0]
     logs = [jnp.where(counts, log, 0) for counts, log in ((s.within, log_b), *parts)]
     return accurate_sum(jnp.sum(jnp.stack(logs), axis=0))
 
 
-def _log_survival(s: Segments) -> Float[Array, "k D"]:
+def _log_survival(s: Segments) -> Float[Array, "D k"]:
     """log P(a segment lasts d steps or more)."""
-    zero, longest = log_zero(s.duration), s.duration.shape[1]
+    duration, zero, longest = s.duration.T, log_zero(s.duration), s.duration.shape[1]
     longer = jnp.arange(longest)[:, None] >= jnp.arange(longest)
-    possible = longer[:, :, None] & (s.duration.T != -jnp.inf)[:, None]
-    survival = log_sum(jnp.where(possible, s.duration.T[:, None], zero)).T
+    possible = longer[:, :, None] & (duration != -jnp.inf)[:, None]
+    survival = log_sum(jnp.where(possible, duration[:, None], zero))
     return jnp.where(survival < zero / 2, -jnp.inf, survival)
