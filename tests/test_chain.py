@@ -500,11 +500,15 @@ def late_truth(dtype, nats):
 @pytest.mark.parametrize("parallel", FORMS)
 @pytest.mark.parametrize("dtype, nats", [("float32", 60), ("float32", 95), ("float64", 800)])
 def test_a_state_that_vanished_and_was_the_true_one(dtype, nats, parallel):
-    """Beyond the range of the dtype logarithms take over, beside a chain that needs none too."""
+    """Beyond the range of the dtype logarithms take over, beside chains that need none too.
+
+    What all states have in common takes no digits, and a NaN stays one.
+    """
     initial, matrix, log_prob = late_truth(dtype, nats)
-    both = jnp.stack([log_prob, log_prob.at[11:].set(0)])  # in the second no evidence follows
+    both = jnp.stack([log_prob - 1e5, log_prob.at[11:].set(0), log_prob.at[3].set(jnp.nan)])
     found, (forward, slopes) = lost_paths(initial, matrix, both, parallel)
-    for i in range(2):
+    assert np.isnan(found.log_likelihood[2]) and np.isnan(forward.log_likelihood[2])
+    for i in range(2):  # in the second no evidence follows
         joint = all_of_two_states(initial, matrix, both[i])
         share = np.exp(joint - logsumexp(joint))
         np.testing.assert_allclose(found.log_likelihood[i], logsumexp(joint), rtol=1e-5)

@@ -6,16 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 import jaxem
 from jaxem import HSMM
 from jaxem._core.newton import maximize_by_newton
 from jaxem.factors import CategoricalDuration, NegativeBinomialDuration, PoissonDuration
+from jaxem.latents import Segments
 
 INITIAL = np.array([0.7, 0.3, 0.0])
 MATRIX = np.array([[0.0, 0.4, 0.6], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0]])
 LASTS = np.array([[0.2, 0.5, 0.3], [0.6, 0.0, 0.4], [0.1, 0.3, 0.6]])
+with np.errstate(divide="ignore"):
+    LOGS = np.log(INITIAL), np.log(MATRIX), np.log(LASTS)
 RATES = np.array([[1.0], [4.0], [9.0]])
 TWO = np.array([[0.0, 1.0], [1.0, 0.0]])
 FAMILIES = {
@@ -45,25 +48,30 @@ def segmentations(steps, longest, states):
 
 
 def enumerated(initial, matrix, lasts, log_b):
-    """log p(x), P(z | x), counts of first states, transitions and durations, and the best path."""
+    """log p(x), P(z | x), counts of first states, transitions and durations, and the best path.
+
+    All from logarithms.
+    """
     steps, k = log_b.shape
     states, first = np.zeros((steps, k)), np.zeros(k)
-    moved, lasted, paths = np.zeros((k, k)), np.zeros(lasts.shape), {}
+    moved, lasted, paths, found = np.zeros((k, k)), np.zeros(lasts.shape), {}, []
     for z, d in segmentations(steps, lasts.shape[1], k):
         path = np.repeat(z, d)[:steps]
-        p = initial[z[0]] * np.prod([lasts[j, r - 1] for j, r in zip(z, d, strict=True)])
-        p *= np.prod([matrix[i, j] for i, j in itertools.pairwise(z)])
-        p *= np.exp(log_b[np.arange(steps), path].sum())
-        paths[tuple(path)] = paths.get(tuple(path), 0) + p
+        log_p = initial[z[0]] + sum(lasts[j, r - 1] for j, r in zip(z, d, strict=True))
+        log_p += sum(matrix[i, j] for i, j in itertools.pairwise(z))
+        found.append((log_p + log_b[np.arange(steps), path].sum(), z, d, path))
+    value = special.logsumexp([log_p for log_p, *_ in found])
+    for log_p, z, d, path in found:
+        p = np.exp(log_p - value)
+        paths[tuple(path)] = np.logaddexp(paths.get(tuple(path), -np.inf), log_p)
         states[np.arange(steps), path] += p
         first[z[0]] += p
         for i, j in itertools.pairwise(z):
             moved[i, j] += p
         for j, r in zip(z, d, strict=True):
             lasted[j, r - 1] += p
-    total, best = sum(paths.values()), max(paths, key=lambda path: paths[path])
-    shares = (states / total, first / total, moved / total, lasted / total)
-    return np.log(total), *shares, best, np.log(paths[best])
+    best = max(paths, key=lambda path: paths[path])
+    return value, states, first, moved, lasted, best, paths[best]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7])
@@ -73,7 +81,7 @@ def test_all_segmentations_of_a_short_sequence(steps):
     data = jaxem.Sequences(x, observed=seen[None])
     model = HSMM(INITIAL, MATRIX, CategoricalDuration(LASTS), jaxem.emissions.Poisson(RATES))
     log_b = stats.poisson.logpmf(x[0], RATES.T) * seen[:, None]
-    value, states, first, moved, lasted, path, of_path = enumerated(INITIAL, MATRIX, LASTS, log_b)
+    value, states, first, moved, lasted, path, of_path = enumerated(*LOGS, log_b)
     statistics, log_likelihood = model.e_step(data)
     np.testing.assert_allclose(log_likelihood, value, rtol=1e-13)
     np.testing.assert_allclose(model.log_prob(data)[0], value, rtol=1e-13)
@@ -83,6 +91,62 @@ def test_all_segmentations_of_a_short_sequence(steps):
     best, of_best = model.viterbi(data)
     assert tuple(best[0].tolist()) == path
     np.testing.assert_allclose(of_best[0], of_path, rtol=1e-13)
+
+
+inferred = jax.jit(lambda s: (s.exact(), s.best_path(), s.filtered(), s.log_increments()))
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_paths_that_vanish_have_a_likelihood(dtype, seed):
+    """What explains the later steps was less probable than any number of the dtype.
+
+    One state explains them all, but lasts three steps at most; states and durations take turns in
+    being impossible, or nearly so; and the first state explains nothing.
+    """
+    rng, size = np.random.default_rng(seed), 50 if dtype == "float32" else 500
+    log_b = rng.normal(size=(6, 3))
+    lasts = special.log_softmax(rng.normal(size=(3, 3)), axis=1)
+    if seed < 2:
+        log_b[:, 1:] -= 4 * size
+    elif seed < 4:
+        log_b *= 10 * size
+        lasts = special.log_softmax(5 * size * lasts, axis=1)
+    else:
+        log_b -= 10 * size * (np.arange(3) != np.array([2, 2, 0, 0, 1, 1])[:, None])
+        log_b[:, 0] -= 30 * size
+    own = [np.asarray(leaf, dtype).astype(float) for leaf in (*LOGS[:2], lasts, log_b)]
+    steps = 6 - seed % 2
+    expected = enumerated(*own[:3], own[3][:steps])
+    latent = Segments(*(jnp.asarray(leaf, dtype) for leaf in own), jnp.arange(6) < steps)
+    (value, found), (path, of_path), filtered, increments = inferred(latent)
+    rtol, atol = (1e-6, 2e-3) if dtype == "float32" else (1e-13, 1e-10)
+    np.testing.assert_allclose(value, expected[0], rtol=rtol)
+    np.testing.assert_allclose(np.sum(increments), expected[0], rtol=rtol)
+    np.testing.assert_allclose(filtered[steps - 1], expected[1][-1], atol=atol)
+    counts = found.smoothed[:steps], found.initial, found.transition, found.duration
+    for sums, counted in zip(counts, expected[1:5], strict=True):
+        np.testing.assert_allclose(sums, counted, atol=atol)
+    assert tuple(path[:steps].tolist()) == expected[5]
+    np.testing.assert_allclose(of_path, expected[6], rtol=rtol)
+
+
+def test_derivatives_of_counts_of_paths_that_vanish():
+    own = [jnp.asarray(leaf) for leaf in LOGS]
+    log_b, drift = np.random.default_rng(0).normal(size=(2, 6, 3))
+    log_b -= 1000.0 * (np.arange(3) > 0)
+
+    @jax.jit
+    def score(change):
+        latent = Segments(*own, log_b + change * drift, jnp.ones(6, bool))
+        return jnp.stack([jnp.sum(jnp.sin(leaf)) for leaf in latent.exact()[1][1:]])
+
+    slope = jax.jacfwd(score)(0.0)
+    step = 1e-5
+    assert abs(slope[0]) > 0.05
+    np.testing.assert_allclose(
+        slope, (score(step) - score(-step)) / (2 * step), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_an_absorbing_state_lasts_for_ever():
@@ -135,7 +199,7 @@ def test_tempered_segmentations_are_powers_of_all_of_them():
     x = np.random.default_rng(5).poisson(3.0, (1, steps, 1))
     model = HSMM(INITIAL, MATRIX, CategoricalDuration(LASTS), jaxem.emissions.Poisson(RATES))
     log_b = stats.poisson.logpmf(x[0], RATES.T) / temperature
-    powered = (part ** (1 / temperature) for part in (INITIAL, MATRIX, LASTS))
+    powered = (part / temperature for part in LOGS)
     value, states, *counts, _, _ = enumerated(*powered, log_b)
     statistics, found = model.e_step(x, posterior=jaxem.em.Tempered(temperature))
     np.testing.assert_allclose(found, temperature * value, rtol=1e-12)

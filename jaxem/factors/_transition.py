@@ -268,13 +268,15 @@ class Transition(AbstractTransition):
             """The step to where the slope vanishes, and the slope in units of counts."""
 
             def curvature(step: Array) -> Array:
-                return -jax.jvp(lambda at: gradient(at, *given), (logits,), (step,))[1]
+                bend = -jax.jvp(lambda at: gradient(at, *given), (logits,), (step,))[1]
+                # What is added to a whole row changes nothing: no slope, and here a curvature.
+                return bend + own * total * jnp.sum(own * step, axis=1, keepdims=True)
 
             own = jnp.where(self._possible(), jnp.exp(update(self, logits=logits)._log_prob()), 0)
             found, _ = cg(
                 curvature,
                 slope,
-                tol=10 * float(eps),
+                tol=float(eps) ** 0.75,
                 maxiter=min(logits.size, 64),
                 M=lambda step: divide(step, own * total),
             )

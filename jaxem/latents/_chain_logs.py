@@ -18,16 +18,18 @@ def filter_logs(
     initial: Array, transition: Array, log_prob: Array
 ) -> tuple[Float[Array, " t"], Float[Array, "t k"]]:
     """Log-increments, and log P(zₜ | x₁ … xₜ₋₁)."""
-    zero, log_transition = _log_zero(log_prob), _log(transition)
+    zero, log_transition = log_zero(log_prob), _log(transition)
 
     def step(predicted: Array, here: Any) -> tuple[Array, tuple[Array, Array]]:
         log_b, moves = here
-        joint = predicted + jnp.maximum(log_b, zero)
-        increment = _log_sum(joint)
-        possible = increment > zero / 2
-        filtered = jnp.maximum(joint - jnp.where(possible, increment, 0), zero)
-        following = _log_sum(filtered[:, None] + (log_transition if moves is None else moves))
-        return following, (jnp.where(possible, increment, -jnp.inf), predicted)
+        top = jnp.max(lax.stop_gradient(predicted + log_b))
+        impossible = top < zero / 2  # a NaN stays one
+        top = jnp.where(impossible, 0, top)
+        joint = predicted + (jnp.maximum(log_b, zero) - top)  # first, since both may be large
+        total = log_sum(joint)
+        filtered = jnp.maximum(joint - jnp.where(impossible, 0, total), zero)
+        following = log_sum(filtered[:, None] + (log_transition if moves is None else moves))
+        return following, (jnp.where(impossible, -jnp.inf, top + total), predicted)
 
     steps = log_prob, log_transition if transition.ndim == 3 else None
     return lax.scan(step, _log(initial), steps)[1]
@@ -37,10 +39,12 @@ def filtered_logs(
     predicted: Float[Array, "t k"], log_prob: Float[Array, "t k"], increments: Float[Array, " t"]
 ) -> Float[Array, "t k"]:
     """log P(zₜ | x₁ … xₜ)."""
-    zero, given = _log_zero(predicted), increments[:, None]
-    joint = predicted + jnp.maximum(log_prob, zero)
-    possible = (given > -jnp.inf) & (joint > zero / 2)
-    return jnp.where(possible, joint - jnp.where(possible, given, 0), -jnp.inf)
+    zero, given = log_zero(predicted), increments[:, None]
+    relative = jnp.maximum(log_prob, zero) - jnp.where(given > -jnp.inf, given, 0)
+    joint = predicted + relative
+    impossible = (given == -jnp.inf) | (joint < zero / 2)
+    total = jax.vmap(log_sum)(joint)[:, None]  # log 1 to the rounding of large increments
+    return jnp.where(impossible, -jnp.inf, joint - total)
 
 
 def smooth_logs(
@@ -50,7 +54,7 @@ def smooth_logs(
     within: Bool[Array, " t"],
 ) -> tuple[Float[Array, "t k"], Array]:
     """P(zₜ | x), and expected transitions within: the sum of all, or those of each step."""
-    zero, moves = _log_zero(predicted), _log(transition)
+    zero, moves = log_zero(predicted), _log(transition)
 
     def origin(filtered: Array, predicted: Array, moves: Array) -> Float[Array, "k k"]:
         """P(zₜ₋₁ | zₜ, x₁ … xₜ₋₁)."""
@@ -71,7 +75,7 @@ def smooth_logs(
     return smoothed, jnp.roll(jax.vmap(origin)(*steps) * counted[:, None], -1, axis=0)
 
 
-def _log_zero(like: Array) -> float:
+def log_zero(like: Array) -> float:
     """What stands for log 0: a few of them do not overflow, and nothing else is that small."""
     return -float(jnp.finfo(like.dtype).max) / 8
 
@@ -79,10 +83,10 @@ def _log_zero(like: Array) -> float:
 def _log(probability: Array) -> Array:
     least = jnp.finfo(probability.dtype).tiny
     logs = jnp.log(jnp.maximum(probability, least))
-    return jnp.where(probability > 0, logs, _log_zero(probability))
+    return jnp.where(probability > 0, logs, log_zero(probability))
 
 
-def _log_sum(terms: Array) -> Array:
+def log_sum(terms: Array) -> Array:
     """log Σ exp along the first axis."""
-    top = lax.stop_gradient(jnp.max(terms, axis=0))
+    top = jnp.max(lax.stop_gradient(terms), axis=0)
     return top + jnp.log(jnp.sum(jnp.exp(terms - top), axis=0))

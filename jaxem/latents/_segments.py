@@ -1,13 +1,16 @@
 """A latent chain of segments, each with a duration of its own (a semi-Markov chain).
 
-With r the steps that are left of a segment, the present one included, the filter is
+With d the steps that a segment has lasted, the present one included, the filter is
 
-    α(j, r) ← lⱼ · [α(j, r + 1) + (Σᵢ α(i, 1) Aᵢⱼ) pⱼ(r)],    log p(x) = Σ log Σ α,
+    f(1, j) ← lⱼ Σᵢ Σ_d f(d, i) pᵢ(d) Aᵢⱼ,    f(d + 1, j) ← lⱼ f(d, j),
 
-scaled at every step, in O(K D + K²). Expected counts are the derivatives of log p(x) by the
-log-potentials (Fisher's identity). A draw goes backwards from the filter: the pair (j, r) comes
-from (j, r + 1), or from the last step (i, 1) of another segment. The first segment starts at the
-first step; the last one may last beyond the end.
+and p(x) = Σ f(d, j) Sⱼ(d) at the last step, where Sⱼ(d) is the probability that a segment lasts d
+steps or more. In O(K D + K²) a step, and in logarithms, less the largest of them at every step: a
+path that is less probable than any number of the dtype may be the only one that explains what
+follows. The logarithm of zero is a finite number here. Expected counts are the derivatives of
+log p(x) by the log-potentials (Fisher's identity). A draw goes backwards from the filter: a segment
+in its first step comes from the end of another, (d, i). The first segment starts at the first step;
+the last one may last beyond the end.
 
 Guédon (2003), J. Comput. Graph. Stat. 12; Yu & Kobayashi (2006), IEEE Trans. Signal Process. 54;
 Yu (2010), Artif. Intell. 174.
@@ -23,7 +26,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxem.latents._chain_blocks import accurate_sum
-from jaxem.latents._chain_steps import log_increment, positive, push, relative_likelihood
+from jaxem.latents._chain_logs import log_sum, log_zero
 from jaxem.latents._infer import AbstractSequenceLatent
 
 
@@ -65,11 +68,10 @@ class Segments(AbstractSequenceLatent):
         return self._differentiated(lambda s: _log_prob_of_path(s, path))
 
     def draw(self, key):
-        value, increments, filtered = _filtered(self)
-        states, left, enters = _drawn(key, *jax.tree.map(lax.stop_gradient, (self, filtered)))
-        counts = _counts(self, states, left, enters)
-        possible = jnp.all(increments > -jnp.inf)
-        return value, jax.tree.map(lambda leaf: jnp.where(possible, leaf, 0), counts)
+        found = _filter(self, keep=True)
+        counts = _drawn(key, *jax.tree.map(lax.stop_gradient, (self, found)))[1]
+        possible = jnp.all(found.scales > -jnp.inf)
+        return found.value, jax.tree.map(lambda leaf: jnp.where(possible, leaf, 0), counts)
 
     def tempered(self, temperature):
         temperature = jnp.asarray(temperature, self.log_prob.dtype)
@@ -78,13 +80,17 @@ class Segments(AbstractSequenceLatent):
         return temperature * value, found
 
     def log_likelihood(self):
-        return _filter(self)[0]
+        return _filter(self).value
 
     def log_increments(self):
-        return _filter(self)[1]
+        found = _filter(self, keep=True)
+        grown = jnp.diff(jax.vmap(log_sum)(found.log_masses), prepend=0)
+        return jnp.where(self.within, found.scales + grown, 0)
 
     def filtered(self):
-        return jnp.where(self.within[:, None], jnp.sum(_filtered(self)[2], axis=2), 0)
+        found = _filter(self, keep=True)
+        possible = self.within & (found.scales > -jnp.inf)
+        return jnp.where(possible[:, None], jax.nn.softmax(found.log_masses, axis=1), 0)
 
     def smoothed(self):
         return self.exact()[1].smoothed
@@ -95,8 +101,8 @@ class Segments(AbstractSequenceLatent):
 
     def sample_path(self, key):
         """A draw given the sequence; −1 throughout where the sequence is impossible."""
-        _, increments, filtered = _filtered(self)
-        return jnp.where(jnp.all(increments > -jnp.inf), _drawn(key, self, filtered)[0], -1)
+        found = _filter(self, keep=True)
+        return jnp.where(jnp.all(found.scales > -jnp.inf), _drawn(key, self, found)[0], -1)
 
     def potentials(self) -> tuple[Array, Array, Array, Array]:
         return self.initial, self.transition, self.duration, self.log_prob
@@ -115,108 +121,117 @@ def _scaled(log_potential: Array, by: Array) -> Array:
     return jnp.where(possible, by * jnp.where(possible, log_potential, 0), -jnp.inf)
 
 
-def _filter(
-    s: Segments, keep: bool = False
-) -> tuple[Float[Array, ""], Float[Array, " t"], Float[Array, "t k D"] | None]:
-    """log p(x), log p(xₜ | x₁ … xₜ₋₁), and the filter over states and steps left if it is kept.
+class _Filtered(NamedTuple):
+    """The filter in logarithms, each step less the `scales` up to it; the last three if kept.
 
-    log p(x) = Σ log cₜ + log Σ α: with the scales cₜ held fixed, derivatives of any order are
-    exact. Those of a scale would be divided by its square, which vanishes where the data surprise.
+    - `value`: log p(x).
+    - `scales` (t,): −∞ where no state can have produced a step.
+    - `steps` (t, D, k): log f(d, k). Sums over durations are faster where these come first.
+    - `ended` (t − 1, k): log Σ_d f(d, k) pₖ(d), that a segment ends there.
+    - `log_masses` (t, k): log p(zₜ = k, x₁ … xₜ).
     """
-    initial, transition, duration = map(jnp.exp, (s.initial, s.transition, s.duration))
-    log_prob, within = s.log_prob, s.within
-    least = jnp.finfo(log_prob.dtype).tiny / jnp.finfo(log_prob.dtype).eps
 
-    def see(predicted: Array, log_b: Array) -> tuple[Array, Array]:  # (k, D), steps left
-        # A probability that small has no derivative: it would be multiplied by its inverse.
-        reached = predicted > least
-        top = jnp.max(jnp.where(jnp.any(reached, axis=1), log_b, -jnp.inf))
-        top = lax.stop_gradient(jnp.where(top > -jnp.inf, top, 0))
-        joint = jnp.where(reached, predicted * relative_likelihood(log_b, top)[:, None], 0)
-        total = lax.stop_gradient(jnp.sum(joint))
-        return joint / positive(total), log_increment(top, total)
+    value: Float[Array, ""]
+    scales: Float[Array, " t"]
+    steps: Any = None
+    ended: Any = None
+    log_masses: Any = None
 
-    def step(filtered: Array, here: Any) -> tuple[Array, tuple[Array, Array | None]]:
+
+def _filter(s: Segments, keep: bool = False) -> _Filtered:
+    """With the scales held fixed, derivatives of any order are exact."""
+    zero = log_zero(s.log_prob) / s.duration.shape[1]  # a segment of them does not overflow
+
+    def finite(log: Array) -> Array:
+        return jnp.where(log < zero, zero, log)  # a NaN stays one
+
+    initial, transition, log_prob = map(finite, (s.initial, s.transition, s.log_prob))
+    duration, survival = finite(s.duration.T), finite(_log_survival(s))
+
+    def see(arrived: Array, log_b: Array) -> tuple[Array, Array]:
+        top = jnp.max(jnp.max(lax.stop_gradient(arrived), axis=0) + lax.stop_gradient(log_b))
+        impossible = top < zero / 2
+        relative = log_b - jnp.where(impossible, 0, top)  # first, since both may be large
+        return arrived + relative, jnp.where(impossible, -jnp.inf, top)
+
+    def step(filtered: Array, here: Any) -> tuple[Array, tuple[Array, Any]]:
         log_b, counts = here
-        entered = push(filtered[:, 0], transition)[:, None] * duration
-        following, increment = see(entered + jnp.pad(filtered[:, 1:], ((0, 0), (0, 1))), log_b)
+        ended = log_sum(filtered + duration)
+        entered = finite(log_sum(ended[:, None] + transition))
+        following, scale = see(jnp.concatenate([entered[None], filtered[:-1]]), log_b)
         following = jnp.where(counts, following, filtered)
-        return following, (jnp.where(counts, increment, 0), following if keep else None)
+        kept = (filtered, ended, log_sum(filtered + survival)) if keep else None
+        return following, (jnp.where(counts, scale, 0), kept)
 
-    # Derivatives keep what was filtered alone and repeat the rest: to write costs more time.
-    step = jax.checkpoint(step)  # pyright: ignore[reportPrivateImportUsage]
-    start, first = see(initial[:, None] * duration, log_prob[0])
-    last, (later, filtered) = lax.scan(step, start, (log_prob[1:], within[1:]))
-    total = jnp.sum(last)
-    value = first + accurate_sum(later) + jnp.log(jnp.where(total > 0, total, 1))
-    increments = jnp.concatenate([jnp.where(within[0], first, 0)[None], later])
-    all_steps = None if filtered is None else jnp.concatenate([start[None], filtered])
-    return jnp.where(within[0], value, 0), increments, all_steps
-
-
-def _filtered(s: Segments) -> tuple[Float[Array, ""], Float[Array, " t"], Float[Array, "t k D"]]:
-    """What `_filter` returns when it keeps the filter."""
-    value, increments, filtered = _filter(s, keep=True)
-    assert filtered is not None
-    return value, increments, filtered
+    start, first = see(jnp.full_like(duration, zero).at[0].set(initial), log_prob[0])
+    last, (later, kept) = lax.scan(step, start, (log_prob[1:], s.within[1:]))
+    scales = jnp.where(s.within, jnp.append(first, later), 0)
+    value = accurate_sum(scales)
+    rest = log_sum((last + survival).reshape(-1))
+    value = value + jnp.where(jnp.any(scales == -jnp.inf), 0, rest)
+    found = _Filtered(jnp.where(s.within[0], value, 0), scales)
+    if kept is None:
+        return found
+    earlier, ended, masses = kept
+    steps = jnp.concatenate([earlier, last[None]])
+    masses = jnp.concatenate([masses, log_sum(last + survival)[None]])
+    return found._replace(steps=steps, ended=ended, log_masses=masses)
 
 
-def _drawn(
-    key: Array, s: Segments, filtered: Float[Array, "t k D"]
-) -> tuple[Int[Array, " t"], Int[Array, " t"], Bool[Array, " t"]]:
-    """States and steps left of one draw, and the steps at which a segment begins.
-
-    Beyond the end the last state is repeated, as its filter is.
-    """
-    (steps, k, longest), log_filtered = filtered.shape, jnp.log(filtered)
-    last_key, key = jax.random.split(key)
-    noise = jax.random.gumbel(key, (steps, k + 1), filtered.dtype)
-    last = jax.random.categorical(last_key, log_filtered[-1].reshape(-1)).astype(jnp.int32)
+def _drawn(key: Array, s: Segments, found: _Filtered) -> tuple[Int[Array, " t"], Segmented]:
+    """The states of one draw, and its counts. Beyond the end the last state is repeated."""
+    (steps, longest, k), duration, dtype = found.steps.shape, s.duration.T, found.value.dtype
+    last_key, ahead_key, origin_key, time_key = jax.random.split(key, 4)
+    gumbel = jax.random.gumbel(origin_key, (steps - 1, k), dtype)
+    uniform = jax.random.uniform(time_key, (steps - 1,), dtype)
+    last = jax.random.categorical(last_key, (found.steps[-1] + _log_survival(s)).reshape(-1))
+    ends = (last % k).astype(jnp.int32), (last // k).astype(jnp.int32)  # time 0 is the first step
 
     def back(later: tuple[Array, Array], here: Any) -> tuple[tuple[Array, Array], Any]:
-        z, r = later  # r = 0 is one step left
-        log_f, gumbel, counts = here
-        goes_on = jnp.where(r + 1 < longest, log_f[z, jnp.minimum(r + 1, longest - 1)], -jnp.inf)
-        enters = log_f[:, 0] + s.transition[:, z] + s.duration[z, r]
-        chosen = jnp.argmax(jnp.append(enters, goes_on) + gumbel).astype(jnp.int32)
-        entered = counts & (chosen < k)
-        before = jnp.where(entered, chosen, z), jnp.where(entered, 0, jnp.where(counts, r + 1, r))
-        return before, (z, r, entered)
+        z, time = later
+        log_f, ended, gumbel, uniform, counts = here
+        origin = jnp.argmax(ended + s.transition[:, z] + gumbel).astype(jnp.int32)
+        chances = jnp.cumsum(jnp.exp(log_f[:, origin] + duration[:, origin] - ended[origin]))
+        lasted = jnp.sum(chances <= uniform * chances[-1], dtype=jnp.int32)
+        entered = counts & (time == 0)
+        before = jnp.where(entered, origin, z), jnp.where(entered, lasted, time - counts)
+        return before, (z, time, entered)
 
-    ends, earlier = (last // longest, last % longest), (log_filtered[:-1], noise[1:], s.within[1:])
-    first, (z, r, enters) = lax.scan(back, ends, earlier, reverse=True)
-    states, left = jnp.append(first[0], z), jnp.append(first[1], r)
-    return states, left, jnp.append(s.within[0], enters)
+    earlier = found.steps[:-1], found.ended, gumbel, uniform, s.within[1:]
+    first, (z, time, enters) = lax.scan(back, ends, earlier, reverse=True)
+    states, times = jnp.append(first[0], z), jnp.append(first[1], time)
+    ahead = jnp.where(jnp.arange(longest) >= ends[1], s.duration[ends[0]], -jnp.inf)
+    times = times.at[-1].set(jax.random.categorical(ahead_key, ahead).astype(jnp.int32))
+    return states, _counts(s, states, times, enters)
 
 
-def _counts(s: Segments, states: Array, left: Array, enters: Array) -> Segmented:
+def _counts(s: Segments, states: Array, times: Array, enters: Array) -> Segmented:
     """What a draw counts: its first state, the transitions and durations of its segments."""
-    dtype, k = s.log_prob.dtype, s.log_prob.shape[1]
-    begins = enters.astype(dtype)
-    moved = jnp.zeros_like(s.transition).at[states[:-1], states[1:]].add(begins[1:])
-    lasted = jnp.zeros_like(s.duration).at[states, left].add(begins)
-    one_hot = (states[:, None] == jnp.arange(k)).astype(dtype)
-    return Segmented(one_hot[0] * begins[0], moved, lasted, one_hot * s.within[:, None])
+    begins, within = enters.astype(s.log_prob.dtype), s.within.astype(s.log_prob.dtype)
+    moved = jnp.zeros_like(s.transition).at[states[:-1], states[1:]].add(begins)
+    lasted = jnp.zeros_like(s.duration).at[states, times].add(jnp.append(begins, within[0]))
+    one_hot = (states[:, None] == jnp.arange(s.log_prob.shape[1])).astype(begins.dtype)
+    return Segmented(one_hot[0] * within[0], moved, lasted, one_hot * within[:, None])
 
 
 def _viterbi(s: Segments) -> Int[Array, " t"]:
     """The most probable path, by scores of the best paths into each state and time spent there."""
+    duration, longest = s.duration.T, s.duration.shape[1]
 
-    def step(score: Array, here: Any) -> tuple[Array, tuple[Array, Array]]:  # (k, D), time spent
+    def step(score: Array, here: Any) -> tuple[Array, tuple[Array, Array]]:  # (D, k), time spent
         log_b, counts = here
-        ended = score + s.duration
-        spent = lax.argmax(ended, 1, jnp.int32)
-        ways = jnp.max(ended, axis=1)[:, None] + s.transition
+        ended = score + duration
+        spent = lax.argmax(ended, 0, jnp.int32)
+        ways = jnp.max(ended, axis=0)[:, None] + s.transition
         origin = lax.argmax(ways, 0, jnp.int32)
-        following = jnp.concatenate([jnp.max(ways, axis=0)[:, None], score[:, :-1]], axis=1)
-        following = following + log_b[:, None]
-        top = jnp.max(following)
-        following = following - jnp.where(jnp.isfinite(top), top, 0)
+        following = jnp.concatenate([jnp.max(ways, axis=0)[None], score[:-1]])
+        top = jnp.max(jnp.max(following, axis=0) + log_b)
+        following = following + (log_b - jnp.where(jnp.isfinite(top), top, 0))
         return jnp.where(counts, following, score), (origin, spent)
 
-    start = jnp.full_like(s.duration, -jnp.inf).at[:, 0].set(s.initial + s.log_prob[0])
+    start = jnp.full_like(duration, -jnp.inf).at[0].set(s.initial + s.log_prob[0])
     score, (origin, spent) = lax.scan(step, start, (s.log_prob[1:], s.within[1:]))
-    last = lax.argmax((score + _log_survival(s.duration)).reshape(-1), 0, jnp.int32)
+    last = lax.argmax((score + _log_survival(s)).T.reshape(-1), 0, jnp.int32)
 
     def back(carry: tuple[Array, Array], here: Any) -> tuple[tuple[Array, Array], Array]:
         z, time = carry
@@ -225,7 +240,6 @@ def _viterbi(s: Segments) -> Int[Array, " t"]:
         time = jnp.where(entered, spent[before], time - counts)
         return (jnp.where(entered, before, z), time), z
 
-    longest = s.duration.shape[1]
     steps = (origin, spent, s.within[1:])
     (first, _), path = lax.scan(back, (last // longest, last % longest), steps, reverse=True)
     return jnp.concatenate([first[None], path])
@@ -242,15 +256,17 @@ def _log_prob_of_path(s: Segments, path: Int[Array, " t"]) -> Float[Array, ""]:
         (begins & (t == 0), s.initial[path]),
         (begins & (t > 0), s.transition[before, path]),
         (s.within & following[1], s.duration[path, time]),
-        (s.within & ~following[0], _log_survival(s.duration)[path, time]),
+        (s.within & ~following[0], _log_survival(s)[time, path]),
     )
     log_b = jnp.take_along_axis(s.log_prob, path[:, None], axis=1)[:, 0]
     logs = [jnp.where(counts, log, 0) for counts, log in ((s.within, log_b), *parts)]
     return accurate_sum(jnp.sum(jnp.stack(logs), axis=0))
 
 
-def _log_survival(duration: Float[Array, "k D"]) -> Float[Array, "k D"]:
+def _log_survival(s: Segments) -> Float[Array, "D k"]:
     """log P(a segment lasts d steps or more)."""
-    survival = lax.cumsum(jnp.exp(duration), axis=1, reverse=True)
-    possible = survival > 0
-    return jnp.where(possible, jnp.log(jnp.where(possible, survival, 1)), -jnp.inf)
+    duration, zero, longest = s.duration.T, log_zero(s.duration), s.duration.shape[1]
+    longer = jnp.arange(longest)[:, None] >= jnp.arange(longest)
+    possible = longer[:, :, None] & (duration != -jnp.inf)[:, None]
+    survival = log_sum(jnp.where(possible, duration[:, None], zero))
+    return jnp.where(survival < zero / 2, -jnp.inf, survival)

@@ -101,7 +101,7 @@ def filtering(
         *(initial, transition, log_prob),
     )
     logs = filtered_logs(predicted, log_prob, increments)
-    gain = jnp.where(logs > -jnp.inf, jnp.exp(log_prob - increments[:, None]), 0)
+    gain = jnp.where(logs > -jnp.inf, jnp.exp(logs - predicted), 0)
     return Filtered(
         accurate_sum(increments),
         jnp.where(doubtful, jnp.exp(logs), found.filtered),

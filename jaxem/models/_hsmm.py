@@ -118,7 +118,7 @@ class HSMM(AbstractSequenceModel, AbstractSeparable, Generic[Emission]):
     def width(self, data: PyTree[Array]) -> int:
         """Numbers an E-step holds for each sequence: a few for each step, state and duration."""
         steps = as_sequences(data).within.shape[1]
-        return 2 * self.num_states * self.duration.max_duration * steps
+        return 3 * self.num_states * self.duration.max_duration * steps
 
     def sample(self, key: Array, n: int, num_steps: int) -> tuple[PyTree[Array], Int[Array, "n t"]]:
         """n sequences of `num_steps` steps, and the states that they come from."""
