@@ -31,7 +31,7 @@ def fit_all(k):
         free = jaxem.HMM.init(key, x, k, jaxem.emissions.Poisson)
         return jaxem.HMM("stationary", free.transition, free.emission)
 
-    return jaxem.fit_restarts(jax.vmap(start)(keys), x, tol=1e-7, max_steps=2000)
+    return jaxem.fit_restarts(jax.vmap(start)(keys), x, tol=1e-7, max_steps=500)
 
 
 print(f"{counts.size} counts, {len(keys)} starts for each number of states\n")
