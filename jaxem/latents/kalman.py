@@ -182,7 +182,8 @@ def _forward(
     else:
         found = lax.scan(vary, start, _by_time(information))[1]
         repeats = jnp.zeros(_num_blocks(num_steps), bool)
-    return Covariances(*_by_time(found), repeats)
+    predicted, filtered, kept = _by_time(found)
+    return Covariances(predicted, filtered, kept, repeats)
 
 
 def _backward(
