@@ -75,6 +75,7 @@ class Covariances(NamedTuple):
     predicted: Float[Array, "c t n n"]
     filtered: Float[Array, "c t n n"]
     kept: Float[Array, "c t n n"]
+    log_det: Float[Array, "c t"]  # of I + P J, which is that of I + H P Hᵀ
     repeats: Bool[Array, " blocks"]
 
 
@@ -105,43 +106,29 @@ def filtered(dynamics: Dynamics, outputs: Outputs) -> Filtered:
     """The states given the outputs so far."""
     rows, values = outputs
     covariances = _forward(dynamics, outputs.information, values.shape[1])
-
-    def move(m: Array, step: Any) -> tuple[Array, Any]:
-        kept, p, h, drift = step
-        found = la.apply(kept, m + la.apply(p, h))
-        return la.apply(dynamics.matrix, found) + drift, (m, found)
-
-    b, t, _ = values.shape
-    drift = jnp.broadcast_to(jnp.roll(dynamics.drift, -1, axis=1), (b, t, len(dynamics.mean)))
+    kept, later = covariances.kept, jnp.roll(dynamics.drift, -1, axis=1)
+    gain = la.apply(la.matmul(kept, covariances.predicted), outputs.score(values))
+    drift = la.apply(dynamics.matrix, gain) + later
     start = jnp.broadcast_to(dynamics.mean, drift[:, 0].shape)
-    steps = covariances.kept, covariances.predicted, outputs.score(values), drift
-    _, (predicted_mean, mean) = lax.scan(move, start, _by_time(steps))
-    predicted_mean, mean = _by_time((predicted_mean, mean))
+    predicted_mean = _affine(la.matmul(dynamics.matrix, kept), drift, start)
+    mean = la.apply(kept, predicted_mean) + gain
 
     before = values - la.apply(rows, predicted_mean)
     after = values - la.apply(rows, mean)
-    spread = la.matmul(la.matmul(rows, covariances.predicted), la.transpose(rows))
-    factor = la.cholesky(spread + jnp.eye(rows.shape[2], dtype=spread.dtype))
-    half_log_det = jnp.sum(jnp.log(jnp.diagonal(factor, axis1=2, axis2=3)), axis=2)
-    increments = -0.5 * jnp.sum(before * after, axis=2) - half_log_det
+    increments = -0.5 * (jnp.sum(before * after, axis=2) + covariances.log_det)
     return Filtered(predicted_mean, mean, covariances, increments)
 
 
 def smoothed(dynamics: Dynamics, outputs: Outputs) -> Smoothed:
     """The states and their noise given all outputs."""
     forward = filtered(dynamics, outputs)
-    predicted, covariance, kept, _ = forward.covariances
+    covariance, kept = forward.covariances.filtered, forward.covariances.kept
     score = outputs.score(outputs.values - la.apply(outputs.rows, forward.mean))
     a = dynamics.matrix
 
-    def back(r: Array, step: Any) -> tuple[Array, Any]:
-        score, kept = step
-        here = score + la.apply(la.transpose(kept), r)
-        return la.apply(a.T, here), (here, r)
-
-    none = jnp.zeros_like(score[:, 0])
-    _, (r, r_later) = lax.scan(back, none, _by_time((score, kept)), reverse=True)
-    r, r_later = _by_time((r, r_later))
+    turns = la.matmul(la.transpose(kept), a.T)
+    r = _affine(turns, score, jnp.zeros_like(score[:, 0]), reverse=True)
+    r_later = la.apply(a.T, jnp.pad(r, ((0, 0), (0, 1), (0, 0)))[:, 1:])
     n, n_later = _backward(dynamics, outputs.information, forward.covariances)
 
     mean = forward.mean + la.apply(covariance, r_later)
@@ -169,11 +156,11 @@ def _forward(
     eye = jnp.eye(len(a), dtype=a.dtype)
 
     def vary(p: Array, j: Array) -> tuple[Array, Any]:
-        kept = la.inverse(eye + la.matmul(p, j))
+        kept, log_det = la.inverse_and_log_det(eye + la.matmul(p, j))
         inner = p + la.matmul(la.matmul(p, j), p)
         found = la.matmul(la.matmul(kept, inner), la.transpose(kept))
         found = 0.5 * (found + la.transpose(found))
-        return la.matmul(la.matmul(a, found), a.T) + q, (p, found, kept)
+        return la.matmul(la.matmul(a, found), a.T) + q, (p, found, kept, log_det)
 
     start = la.matmul(dynamics.start, dynamics.start.T)
     start = jnp.broadcast_to(start, information[:, 0].shape)
@@ -182,15 +169,15 @@ def _forward(
     else:
         found = lax.scan(vary, start, _by_time(information))[1]
         repeats = jnp.zeros(_num_blocks(num_steps), bool)
-    predicted, filtered, kept = _by_time(found)
-    return Covariances(predicted, filtered, kept, repeats)
+    predicted, filtered, kept, log_det = _by_time(found)
+    return Covariances(predicted, filtered, kept, log_det, repeats)
 
 
 def _backward(
     dynamics: Dynamics, information: Float[Array, "c s n n"], covariances: Covariances
 ) -> tuple[Float[Array, "c t n n"], Float[Array, "c t n n"]]:
     """N of each step, and Aᵀ N A of the step after it."""
-    a, (p, _, kept, repeats) = dynamics.matrix, covariances
+    a, p, kept = dynamics.matrix, covariances.predicted, covariances.kept
     inner = information + la.matmul(la.matmul(information, p), information)
 
     def back(later: Array, step: Any) -> tuple[Array, Any]:
@@ -201,10 +188,26 @@ def _backward(
 
     none, steps = jnp.zeros_like(kept[:, 0]), _by_time((kept, inner))
     if information.shape[1] == 1 < kept.shape[1]:
-        found = _repeated_back(back, none, steps, repeats)
+        found = _repeated_back(back, none, steps, covariances.repeats)
     else:
         found = lax.scan(back, none, steps, reverse=True)[1]
     return _by_time(found)
+
+
+def _affine(
+    matrices: Float[Array, "c t n n"],
+    shifts: Float[Array, "b t n"],
+    start: Float[Array, "b n"],
+    reverse: bool = False,
+) -> Float[Array, "b t n"]:
+    """x of each step, x₁ = start and xₜ₊₁ = Mₜ xₜ + sₜ; in reverse xₜ = sₜ + Mₜ xₜ₊₁ behind it."""
+
+    def move(x: Array, step: Any) -> tuple[Array, Array]:
+        matrix, shift = step
+        new = jnp.sum(matrix * x[:, None, :], axis=2) + shift
+        return new, new if reverse else x
+
+    return _by_time(lax.scan(move, start, _by_time((matrices, shifts)), reverse=reverse)[1])
 
 
 def _by_time(tree: PyTree[Array]) -> Any:
