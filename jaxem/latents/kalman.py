@@ -66,15 +66,16 @@ class Outputs(NamedTuple):
 
     def score(self, residual: Float[Array, "b t p"]) -> Float[Array, "b t n"]:
         """Hᵀ r."""
-        return la.apply(la.transpose(self.rows), residual)
+        return _times(la.transpose(self.rows), residual)
 
 
 class Covariances(NamedTuple):
-    """Of predicted and filtered states, and K; `repeats` in blocks of steps like those before."""
+    """Of predicted and filtered states; `repeats` in blocks of steps that are like the last."""
 
     predicted: Float[Array, "c t n n"]
     filtered: Float[Array, "c t n n"]
     kept: Float[Array, "c t n n"]
+    moved: Float[Array, "c t n n"]  # A K
     log_det: Float[Array, "c t"]  # of I + P J, which is that of I + H P Hᵀ
     repeats: Bool[Array, " blocks"]
 
@@ -106,15 +107,14 @@ def filtered(dynamics: Dynamics, outputs: Outputs) -> Filtered:
     """The states given the outputs so far."""
     rows, values = outputs
     covariances = _forward(dynamics, outputs.information, values.shape[1])
-    kept, later = covariances.kept, jnp.roll(dynamics.drift, -1, axis=1)
-    gain = la.apply(la.matmul(kept, covariances.predicted), outputs.score(values))
-    drift = la.apply(dynamics.matrix, gain) + later
+    gain = _times(covariances.kept, _times(covariances.predicted, outputs.score(values)))
+    drift = _times(dynamics.matrix, gain) + jnp.roll(dynamics.drift, -1, axis=1)
     start = jnp.broadcast_to(dynamics.mean, drift[:, 0].shape)
-    predicted_mean = _affine(la.matmul(dynamics.matrix, kept), drift, start)
-    mean = la.apply(kept, predicted_mean) + gain
+    predicted_mean = _affine(covariances.moved, drift, start)
+    mean = _times(covariances.kept, predicted_mean) + gain
 
-    before = values - la.apply(rows, predicted_mean)
-    after = values - la.apply(rows, mean)
+    before = values - _times(rows, predicted_mean)
+    after = values - _times(rows, mean)
     increments = -0.5 * (jnp.sum(before * after, axis=2) + covariances.log_det)
     return Filtered(predicted_mean, mean, covariances, increments)
 
@@ -122,36 +122,25 @@ def filtered(dynamics: Dynamics, outputs: Outputs) -> Filtered:
 def smoothed(dynamics: Dynamics, outputs: Outputs) -> Smoothed:
     """The states and their noise given all outputs."""
     forward = filtered(dynamics, outputs)
-    covariance, kept = forward.covariances.filtered, forward.covariances.kept
-    score = outputs.score(outputs.values - la.apply(outputs.rows, forward.mean))
-    a = dynamics.matrix
+    score = outputs.score(outputs.values - _times(outputs.rows, forward.mean))
+    turned = la.transpose(forward.covariances.moved)
+    r = _affine(turned, score, jnp.zeros_like(score[:, 0]), reverse=True)
+    r_later = _times(dynamics.matrix.T, jnp.pad(r, ((0, 0), (0, 1), (0, 0)))[:, 1:])
+    mean = forward.mean + _times(forward.covariances.filtered, r_later)
+    noise = _times(dynamics.noise.T, r).at[:, 0].set(_times(dynamics.start.T, r[:, 0]))
 
-    turns = la.matmul(la.transpose(kept), a.T)
-    r = _affine(turns, score, jnp.zeros_like(score[:, 0]), reverse=True)
-    r_later = la.apply(a.T, jnp.pad(r, ((0, 0), (0, 1), (0, 0)))[:, 1:])
-    n, n_later = _backward(dynamics, outputs.information, forward.covariances)
-
-    mean = forward.mean + la.apply(covariance, r_later)
-    back_and_forth = la.matmul(la.matmul(covariance, n_later), covariance)
-    first = jnp.arange(r.shape[1])[:, None, None] == 0
-    factors = jnp.where(first, dynamics.start, dynamics.noise)
-    turned = la.matmul(la.transpose(factors), n)
-    cross = -la.matmul(la.matmul(turned[:, 1:], a), covariance[:, :-1])
-    eye = jnp.eye(len(a), dtype=a.dtype)
-    return Smoothed(
-        mean,
-        covariance - back_and_forth,
-        la.apply(la.transpose(factors), r),
-        eye - la.matmul(turned, factors),
-        jnp.concatenate([jnp.zeros_like(turned[:, :1]), cross], axis=1),
-        forward.log_increments,
-    )
+    n, back = _backward(dynamics, outputs.information, forward.covariances)
+    eye = jnp.eye(len(dynamics.mean), dtype=r.dtype)
+    first = eye - la.matmul(la.matmul(dynamics.start.T, n), dynamics.start)
+    cross = jnp.concatenate([jnp.zeros_like(first)[:, None], back.cross[:, :-1]], axis=1)
+    noise_covariance = back.noise.at[:, 0].set(first)
+    return Smoothed(mean, back.states, noise, noise_covariance, cross, forward.log_increments)
 
 
 def _forward(
     dynamics: Dynamics, information: Float[Array, "c s n n"], num_steps: int
 ) -> Covariances:
-    """P, P_f and K of each step."""
+    """P, P_f, K and A K of each step."""
     a, q = dynamics.matrix, la.matmul(dynamics.noise, dynamics.noise.T)
     eye = jnp.eye(len(a), dtype=a.dtype)
 
@@ -160,7 +149,8 @@ def _forward(
         inner = p + la.matmul(la.matmul(p, j), p)
         found = la.matmul(la.matmul(kept, inner), la.transpose(kept))
         found = 0.5 * (found + la.transpose(found))
-        return la.matmul(la.matmul(a, found), a.T) + q, (p, found, kept, log_det)
+        new = la.matmul(la.matmul(a, found), a.T) + q
+        return new, (p, found, kept, la.matmul(a, kept), log_det)
 
     start = la.matmul(dynamics.start, dynamics.start.T)
     start = jnp.broadcast_to(start, information[:, 0].shape)
@@ -169,29 +159,51 @@ def _forward(
     else:
         found = lax.scan(vary, start, _by_time(information))[1]
         repeats = jnp.zeros(_num_blocks(num_steps), bool)
-    predicted, filtered, kept, log_det = _by_time(found)
-    return Covariances(predicted, filtered, kept, log_det, repeats)
+    predicted, filtered, kept, moved, log_det = _by_time(found)
+    return Covariances(predicted, filtered, kept, moved, log_det, repeats)
+
+
+class _Back(NamedTuple):
+    """N of each step, Var z, Var ε as in all steps but the first, and Cov(ε, z) with the next ε."""
+
+    information: Float[Array, "c t n n"]
+    states: Float[Array, "c t n n"]
+    noise: Float[Array, "c t n n"]
+    cross: Float[Array, "c t n n"]
 
 
 def _backward(
     dynamics: Dynamics, information: Float[Array, "c s n n"], covariances: Covariances
-) -> tuple[Float[Array, "c t n n"], Float[Array, "c t n n"]]:
-    """N of each step, and Aᵀ N A of the step after it."""
-    a, p, kept = dynamics.matrix, covariances.predicted, covariances.kept
-    inner = information + la.matmul(la.matmul(information, p), information)
+) -> tuple[Float[Array, "c n n"], _Back]:
+    """N of the first step, and what follows from that of each."""
+    a, factor, kept = dynamics.matrix, dynamics.noise, covariances.kept
+    eye = jnp.eye(len(a), dtype=a.dtype)
 
-    def back(later: Array, step: Any) -> tuple[Array, Any]:
-        kept, inner = step
-        here = la.matmul(la.matmul(la.transpose(kept), inner + later), kept)
+    def back(later: Array, step: Any) -> tuple[Array, _Back]:
+        predicted, filtered, kept, j = step
+        there = la.matmul(la.matmul(a.T, later), a)
+        inner = j + la.matmul(la.matmul(j, predicted), j) + there
+        here = la.matmul(la.matmul(la.transpose(kept), inner), kept)
         here = 0.5 * (here + la.transpose(here))
-        return la.matmul(la.matmul(a.T, here), a), (here, later)
+        states = filtered - la.matmul(la.matmul(filtered, there), filtered)
+        noise = eye - la.matmul(la.matmul(factor.T, here), factor)
+        cross = -la.matmul(la.matmul(la.matmul(factor.T, later), a), filtered)
+        return here, _Back(here, states, noise, cross)
 
-    none, steps = jnp.zeros_like(kept[:, 0]), _by_time((kept, inner))
-    if information.shape[1] == 1 < kept.shape[1]:
-        found = _repeated_back(back, none, steps, covariances.repeats)
+    none = jnp.zeros_like(kept[:, 0])
+    shared = information.shape[1] == 1 < kept.shape[1]
+    of_steps = jnp.broadcast_to(information, kept.shape) if shared else information
+    steps = _by_time((covariances.predicted, covariances.filtered, kept, of_steps))
+    if shared:
+        first, found = _repeated_back(back, none, steps, covariances.repeats)
     else:
-        found = lax.scan(back, none, steps, reverse=True)[1]
-    return _by_time(found)
+        first, found = lax.scan(back, none, steps, reverse=True)
+    return first, _by_time(found)
+
+
+def _times(a: Float[Array, "*c m n"], v: Float[Array, "*b n"]) -> Float[Array, "*b m"]:
+    """A product with many small vectors, as sums that are faster than calls of a library."""
+    return jnp.sum(a * v[..., None, :], axis=-1)
 
 
 def _affine(
@@ -204,7 +216,7 @@ def _affine(
 
     def move(x: Array, step: Any) -> tuple[Array, Array]:
         matrix, shift = step
-        new = jnp.sum(matrix * x[:, None, :], axis=2) + shift
+        new = _times(matrix, x) + shift
         return new, new if reverse else x
 
     return _by_time(lax.scan(move, start, _by_time((matrices, shifts)), reverse=reverse)[1])
@@ -254,11 +266,11 @@ def _repeated(
 
 
 def _repeated_back(
-    step: Callable[[Array, Any], tuple[Array, Any]],
+    step: Callable[[Array, Any], tuple[Array, _Back]],
     end: Array,
     steps: Any,
     repeats: Bool[Array, " blocks"],
-) -> Any:
+) -> tuple[Array, _Back]:
     """`lax.scan(step, end, steps, reverse=True)`, of which blocks that repeat are not run."""
     num_steps = len(steps[0])
     missing = len(repeats) * _BLOCK - num_steps
@@ -275,7 +287,7 @@ def _repeated_back(
         def run() -> Any:
             new, found = lax.scan(step, n, steps, reverse=True)
             first = jax.tree.map(lambda leaf: leaf[0], found)
-            return (new, first, _settled(new, first[1])), found
+            return (new, first, _settled(new, found.information[1])), found
 
         def repeat() -> Any:
             found = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (_BLOCK, *leaf.shape)), first)
@@ -286,5 +298,6 @@ def _repeated_back(
     one = jax.eval_shape(step, end, jax.tree.map(lambda leaf: leaf[0], steps))[1]
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), one)
     carry = end, nothing, jnp.zeros((), bool)
-    _, found = lax.scan(block, carry, (jax.tree.map(blocks, steps), repeats), reverse=True)
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num_steps], found)
+    parts = jax.tree.map(blocks, steps), repeats
+    (start, _, _), found = lax.scan(block, carry, parts, reverse=True)
+    return start, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num_steps], found)
