@@ -151,9 +151,9 @@ def test_the_smoother_is_the_gradient_of_the_filter():
     rng = np.random.default_rng(0)
     noise = jnp.tril(jnp.asarray(rng.normal(size=(2, 2))))
     matrix = jnp.array([[0.8, 0.3], [-0.2, 0.7]])
-    drift = jnp.asarray(rng.normal(size=(6, 2)))
+    drift = jnp.asarray(rng.normal(size=(2, 6, 2)))
     outputs = kalman.Outputs(
-        jnp.asarray(rng.normal(size=(6, 3, 2))), jnp.asarray(rng.normal(size=(6, 3)))
+        jnp.asarray(rng.normal(size=(2, 6, 3, 2))), jnp.asarray(rng.normal(size=(2, 6, 3)))
     )
 
     def log_prob(drift):
@@ -164,7 +164,7 @@ def test_the_smoother_is_the_gradient_of_the_filter():
         kalman.Dynamics(jnp.zeros(2), jnp.eye(2), matrix, drift, noise), outputs
     )
     np.testing.assert_allclose(
-        jax.grad(log_prob)(drift)[1:] @ noise, found.noise_mean[1:], atol=1e-12
+        jax.grad(log_prob)(drift)[:, 1:] @ noise, found.noise_mean[:, 1:], atol=1e-12
     )
 
 
@@ -174,18 +174,40 @@ def test_singular_noise_and_a_known_start_need_no_special_case():
     y = jnp.asarray(rng.normal(size=(3, 5)))
     a = jnp.array([[0.5, -0.3], [1.0, 0.0]])
     dynamics = kalman.Dynamics(
-        jnp.zeros(2), jnp.zeros((2, 2)), a, jnp.zeros((5, 2)), jnp.diag(jnp.array([1.0, 0.0]))
+        jnp.zeros(2), jnp.zeros((2, 2)), a, jnp.zeros((1, 1, 2)), jnp.diag(jnp.array([1.0, 0.0]))
     )
-    rows = jnp.broadcast_to(jnp.array([[1e4, 0.0]]), (5, 1, 2))  # noise of variance 10⁻⁸
-    for row in y:
-        row = row.at[0].set(0.0)
-        found = jnp.sum(
-            kalman.filtered(dynamics, kalman.Outputs(rows, 1e4 * row[:, None])).log_increments
-        )
-        past = jnp.concatenate([jnp.zeros(2), row])
-        errors = row[1:] - 0.5 * past[2:-1] + 0.3 * past[1:-2]
-        own = -0.5 * jnp.sum(errors**2) - 4 * np.log(1e4)
-        np.testing.assert_allclose(found, own, rtol=1e-6)
+    y = y.at[:, 0].set(0.0)
+    rows = jnp.array([[[[1e4, 0.0]]]])  # noise of variance 10⁻⁸
+    found = kalman.filtered(dynamics, kalman.Outputs(rows, 1e4 * y[:, :, None])).log_increments
+    past = jnp.concatenate([jnp.zeros((3, 2)), y], axis=1)
+    errors = y[:, 1:] - 0.5 * past[:, 2:-1] + 0.3 * past[:, 1:-2]
+    own = -0.5 * jnp.sum(errors**2, axis=1) - 4 * np.log(1e4)
+    np.testing.assert_allclose(jnp.sum(found, axis=1), own, rtol=1e-6)
+
+
+def test_covariances_that_settle_are_those_of_every_step():
+    """Of complete sequences they are found once, and no more where they repeat themselves."""
+    rng = np.random.default_rng(3)
+    a = jnp.array([[0.8, 0.3], [-0.2, 0.7]])
+    dynamics = kalman.Dynamics(
+        jnp.ones(2), 3 * jnp.eye(2), a, jnp.ones((1, 1, 2)), jnp.array([[0.5, 0.0], [0.2, 0.3]])
+    )
+    row, values = rng.normal(size=(3, 2)), jnp.asarray(rng.normal(size=(2, 150, 3)))
+
+    def value(row, shape):
+        rows = jnp.broadcast_to(row, (*shape, 3, 2))
+        found = kalman.smoothed(dynamics, kalman.Outputs(rows, values))
+        return jnp.sum(found.log_increments) + jnp.sum(jnp.sin(found.mean)), found
+
+    (shared, short), slope = jax.value_and_grad(value, has_aux=True)(row, (1, 1))
+    (each, long), other = jax.value_and_grad(value, has_aux=True)(row, (2, 150))
+    np.testing.assert_allclose(shared, each, rtol=1e-12)
+    np.testing.assert_allclose(slope, other, rtol=1e-9)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(*np.broadcast_arrays(a, b), atol=1e-12), short, long
+    )
+    forward = kalman.filtered(dynamics, kalman.Outputs(jnp.asarray(row)[None, None], values))
+    assert np.sum(forward.covariances.repeats) >= 6
 
 
 def test_a_regression_with_independent_residuals():

@@ -110,12 +110,12 @@ def _promax(rows: Array, turn: Float[Array, "q q"], power: float) -> Float[Array
     loadings = la.matmul(rows, turn)
     target = loadings * jnp.abs(loadings) ** (power - 1)
     square = la.matmul(loadings.T, loadings)
-    fit = la.matmul(la.inverse(square), la.matmul(loadings.T, target))
-    return _unit_columns(la.inverse(la.matmul(turn, fit)).T)
+    fit = la.matmul(la.inverse_and_log_det(square)[0], la.matmul(loadings.T, target))
+    return _unit_columns(la.inverse_and_log_det(la.matmul(turn, fit))[0].T)
 
 
 def _turned(rows: Float[Array, "d q"], turn: Float[Array, "q q"]) -> Float[Array, "d q"]:
-    return la.matmul(rows, la.inverse(turn).T)
+    return la.matmul(rows, la.inverse_and_log_det(turn)[0].T)
 
 
 def _unit_columns(turn: Float[Array, "q q"]) -> Float[Array, "q q"]:

@@ -18,17 +18,26 @@ companion form of an autoregression and other singular noise need no special cas
     E ε = Lᵀ r,    Var ε = I − Lᵀ N L,    Cov(εₜ₊₁, zₜ) = −Lᵀ N₊ A P_f,
     E zₜ = m_f + P_f Aᵀ r₊,    Var zₜ = P_f − P_f Aᵀ N₊ A P_f.
 
+Covariances depend on which outputs were observed, not on their values. Where all sequences share
+what was observed they are found once; where every step shares it they settle, and what repeats
+itself to rounding is not computed again.
+
 Bryson & Frazier (1963), Proc. Optimum System Synthesis; de Jong (1989), JASA 84; Koopman (1993),
 Biometrika 80; Durbin & Koopman (2012), *Time Series Analysis by State Space Methods*.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import equinox.internal as eqxi
+import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxem._core import linalg as la
+
+_BLOCK = 16  # steps after which covariances may have settled
 
 
 class Dynamics(NamedTuple):
@@ -37,26 +46,47 @@ class Dynamics(NamedTuple):
     mean: Float[Array, " n"]  # m₀
     start: Float[Array, "n n"]  # L₀
     matrix: Float[Array, "n n"]  # A
-    drift: Float[Array, "t n"]  # bₜ, into each step
+    drift: Float[Array, "b t n"]  # bₜ, into each step
     noise: Float[Array, "n n"]  # L
 
 
 class Outputs(NamedTuple):
-    """Outputs whitened by their noise; what was not seen has rows of zeros."""
+    """Outputs whitened by their noise; what was not seen has rows of zeros.
 
-    rows: Float[Array, "t p n"]  # Hₜ
-    values: Float[Array, "t p"]  # eₜ
+    Rows are those of every sequence where c = 1, and of every step as well where s = 1.
+    """
+
+    rows: Float[Array, "c s p n"]  # Hₜ
+    values: Float[Array, "b t p"]  # eₜ
+
+    @property
+    def information(self) -> Float[Array, "c s n n"]:
+        """J."""
+        return la.matmul(la.transpose(self.rows), self.rows)
+
+    def score(self, residual: Float[Array, "b t p"]) -> Float[Array, "b t n"]:
+        """Hᵀ r."""
+        return _times(la.transpose(self.rows), residual)
+
+
+class Covariances(NamedTuple):
+    """Of predicted and filtered states; `repeats` in blocks of steps that are like the last."""
+
+    predicted: Float[Array, "c t n n"]
+    filtered: Float[Array, "c t n n"]
+    kept: Float[Array, "c t n n"]
+    moved: Float[Array, "c t n n"]  # A K
+    log_det: Float[Array, "c t"]  # of I + P J, which is that of I + H P Hᵀ
+    repeats: Bool[Array, " blocks"]
 
 
 class Filtered(NamedTuple):
     """Predicted and filtered states, and log N(e; H m, I + H P Hᵀ) + ½ p log 2π of each step."""
 
-    predicted_mean: Float[Array, "t n"]
-    predicted_covariance: Float[Array, "t n n"]
-    mean: Float[Array, "t n"]
-    covariance: Float[Array, "t n n"]
-    kept: Float[Array, "t n n"]  # K
-    log_increments: Float[Array, " t"]
+    predicted_mean: Float[Array, "b t n"]
+    mean: Float[Array, "b t n"]
+    covariances: Covariances
+    log_increments: Float[Array, "b t"]
 
 
 class Smoothed(NamedTuple):
@@ -65,89 +95,209 @@ class Smoothed(NamedTuple):
     `noise` are ε₁ … ε_T: their means, covariances, and Cov(εₜ, zₜ₋₁), 0 for the first.
     """
 
-    mean: Float[Array, "t n"]
-    covariance: Float[Array, "t n n"]
-    noise_mean: Float[Array, "t n"]
-    noise_covariance: Float[Array, "t n n"]
-    noise_cross: Float[Array, "t n n"]
-    log_increments: Float[Array, " t"]
+    mean: Float[Array, "b t n"]
+    covariance: Float[Array, "c t n n"]
+    noise_mean: Float[Array, "b t n"]
+    noise_covariance: Float[Array, "c t n n"]
+    noise_cross: Float[Array, "c t n n"]
+    log_increments: Float[Array, "b t"]
 
 
 def filtered(dynamics: Dynamics, outputs: Outputs) -> Filtered:
     """The states given the outputs so far."""
     rows, values = outputs
-    information = la.matmul(la.transpose(rows), rows)
-    score = la.apply(la.transpose(rows), values)
-    start, a, q = (
-        la.matmul(dynamics.start, dynamics.start.T),
-        dynamics.matrix,
-        la.matmul(dynamics.noise, dynamics.noise.T),
-    )
-    eye = jnp.eye(len(start), dtype=start.dtype)
+    covariances = _forward(dynamics, outputs.information, values.shape[1])
+    gain = _times(covariances.kept, _times(covariances.predicted, outputs.score(values)))
+    drift = _times(dynamics.matrix, gain) + jnp.roll(dynamics.drift, -1, axis=1)
+    start = jnp.broadcast_to(dynamics.mean, drift[:, 0].shape)
+    predicted_mean = _affine(covariances.moved, drift, start)
+    mean = _times(covariances.kept, predicted_mean) + gain
 
-    def vary(p: Array, j: Array) -> tuple[Array, Any]:
-        kept = la.inverse(eye + la.matmul(p, j))
-        inner = p + la.matmul(la.matmul(p, j), p)
-        found = la.matmul(la.matmul(kept, inner), kept.T)
-        found = 0.5 * (found + found.T)
-        return la.matmul(la.matmul(a, found), a.T) + q, (p, found, kept)
-
-    _, (predicted, covariance, kept) = lax.scan(vary, start, information)
-
-    def move(m: Array, step: Any) -> tuple[Array, Any]:
-        kept, p, h, drift = step
-        found = la.apply(kept, m + la.apply(p, h))
-        return la.apply(a, found) + drift, (m, found)
-
-    later = jnp.roll(dynamics.drift, -1, axis=0)
-    steps = kept, predicted, score, later
-    _, (predicted_mean, mean) = lax.scan(move, dynamics.mean, steps)
-
-    before = values - la.apply(rows, predicted_mean)
-    after = values - la.apply(rows, mean)
-    spread = la.matmul(la.matmul(rows, predicted), la.transpose(rows))
-    factor = la.cholesky(spread + jnp.eye(rows.shape[1], dtype=spread.dtype))
-    half_log_det = jnp.sum(jnp.log(jnp.diagonal(factor, axis1=1, axis2=2)), axis=1)
-    increments = -0.5 * jnp.sum(before * after, axis=1) - half_log_det
-    return Filtered(predicted_mean, predicted, mean, covariance, kept, increments)
+    before = values - _times(rows, predicted_mean)
+    after = values - _times(rows, mean)
+    increments = -0.5 * (jnp.sum(before * after, axis=2) + covariances.log_det)
+    return Filtered(predicted_mean, mean, covariances, increments)
 
 
 def smoothed(dynamics: Dynamics, outputs: Outputs) -> Smoothed:
     """The states and their noise given all outputs."""
-    rows, values = outputs
     forward = filtered(dynamics, outputs)
-    information = la.matmul(la.transpose(rows), rows)
-    score = la.apply(la.transpose(rows), values - la.apply(rows, forward.mean))
-    a, eye = dynamics.matrix, jnp.eye(dynamics.matrix.shape[0], dtype=score.dtype)
-    p = forward.predicted_covariance
-    inner = information + la.matmul(la.matmul(information, p), information)
+    score = outputs.score(outputs.values - _times(outputs.rows, forward.mean))
+    turned = la.transpose(forward.covariances.moved)
+    r = _affine(turned, score, jnp.zeros_like(score[:, 0]), reverse=True)
+    r_later = _times(dynamics.matrix.T, jnp.pad(r, ((0, 0), (0, 1), (0, 0)))[:, 1:])
+    mean = forward.mean + _times(forward.covariances.filtered, r_later)
+    noise = _times(dynamics.noise.T, r).at[:, 0].set(_times(dynamics.start.T, r[:, 0]))
 
-    def back(carry: tuple[Array, Array], step: Any) -> tuple[Any, Any]:
-        r, n = carry  # of the next step, seen from this one: Aᵀ r₊ and Aᵀ N₊ A
-        score, inner, kept = step
-        r_here = score + la.apply(kept.T, r)
-        n_here = la.matmul(la.matmul(kept.T, inner + n), kept)
-        n_here = 0.5 * (n_here + n_here.T)
-        earlier = la.apply(a.T, r_here), la.matmul(la.matmul(a.T, n_here), a)
-        return earlier, (r_here, n_here, r, n)
+    n, back = _backward(dynamics, outputs.information, forward.covariances)
+    eye = jnp.eye(len(dynamics.mean), dtype=r.dtype)
+    first = eye - la.matmul(la.matmul(dynamics.start.T, n), dynamics.start)
+    cross = jnp.concatenate([jnp.zeros_like(first)[:, None], back.cross[:, :-1]], axis=1)
+    noise_covariance = back.noise.at[:, 0].set(first)
+    return Smoothed(mean, back.states, noise, noise_covariance, cross, forward.log_increments)
 
-    none = jnp.zeros_like(dynamics.mean), jnp.zeros_like(a)
-    steps = score, inner, forward.kept
-    _, (r, n, r_later, n_later) = lax.scan(back, none, steps, reverse=True)
 
-    covariance = forward.covariance
-    mean = forward.mean + la.apply(covariance, r_later)
-    back_and_forth = la.matmul(la.matmul(covariance, n_later), covariance)
-    factors = jnp.concatenate(
-        [dynamics.start[None], jnp.broadcast_to(dynamics.noise, (len(r) - 1, *a.shape))]
+def _forward(
+    dynamics: Dynamics, information: Float[Array, "c s n n"], num_steps: int
+) -> Covariances:
+    """P, P_f, K and A K of each step."""
+    a, q = dynamics.matrix, la.matmul(dynamics.noise, dynamics.noise.T)
+    eye = jnp.eye(len(a), dtype=a.dtype)
+
+    def vary(p: Array, j: Array) -> tuple[Array, Any]:
+        kept, log_det = la.inverse_and_log_det(eye + la.matmul(p, j))
+        inner = p + la.matmul(la.matmul(p, j), p)
+        found = la.matmul(la.matmul(kept, inner), la.transpose(kept))
+        found = 0.5 * (found + la.transpose(found))
+        new = la.matmul(la.matmul(a, found), a.T) + q
+        return new, (p, found, kept, la.matmul(a, kept), log_det)
+
+    start = la.matmul(dynamics.start, dynamics.start.T)
+    start = jnp.broadcast_to(start, information[:, 0].shape)
+    if information.shape[1] == 1 < num_steps:
+        found, repeats = _repeated(lambda p: vary(p, information[:, 0]), start, num_steps)
+    else:
+        found = lax.scan(vary, start, _by_time(information))[1]
+        repeats = jnp.zeros(_num_blocks(num_steps), bool)
+    predicted, filtered, kept, moved, log_det = _by_time(found)
+    return Covariances(predicted, filtered, kept, moved, log_det, repeats)
+
+
+class _Back(NamedTuple):
+    """N of each step, Var z, Var ε as in all steps but the first, and Cov(ε, z) with the next ε."""
+
+    information: Float[Array, "c t n n"]
+    states: Float[Array, "c t n n"]
+    noise: Float[Array, "c t n n"]
+    cross: Float[Array, "c t n n"]
+
+
+def _backward(
+    dynamics: Dynamics, information: Float[Array, "c s n n"], covariances: Covariances
+) -> tuple[Float[Array, "c n n"], _Back]:
+    """N of the first step, and what follows from that of each."""
+    a, factor, kept = dynamics.matrix, dynamics.noise, covariances.kept
+    eye = jnp.eye(len(a), dtype=a.dtype)
+
+    def back(later: Array, step: Any) -> tuple[Array, _Back]:
+        predicted, filtered, kept, j = step
+        there = la.matmul(la.matmul(a.T, later), a)
+        inner = j + la.matmul(la.matmul(j, predicted), j) + there
+        here = la.matmul(la.matmul(la.transpose(kept), inner), kept)
+        here = 0.5 * (here + la.transpose(here))
+        states = filtered - la.matmul(la.matmul(filtered, there), filtered)
+        noise = eye - la.matmul(la.matmul(factor.T, here), factor)
+        cross = -la.matmul(la.matmul(la.matmul(factor.T, later), a), filtered)
+        return here, _Back(here, states, noise, cross)
+
+    none = jnp.zeros_like(kept[:, 0])
+    shared = information.shape[1] == 1 < kept.shape[1]
+    of_steps = jnp.broadcast_to(information, kept.shape) if shared else information
+    steps = _by_time((covariances.predicted, covariances.filtered, kept, of_steps))
+    if shared:
+        first, found = _repeated_back(back, none, steps, covariances.repeats)
+    else:
+        first, found = lax.scan(back, none, steps, reverse=True)
+    return first, _by_time(found)
+
+
+def _times(a: Float[Array, "*c m n"], v: Float[Array, "*b n"]) -> Float[Array, "*b m"]:
+    """A product with many small vectors, as sums that are faster than calls of a library."""
+    return jnp.sum(a * v[..., None, :], axis=-1)
+
+
+def _affine(
+    matrices: Float[Array, "c t n n"],
+    shifts: Float[Array, "b t n"],
+    start: Float[Array, "b n"],
+    reverse: bool = False,
+) -> Float[Array, "b t n"]:
+    """x of each step, x₁ = start and xₜ₊₁ = Mₜ xₜ + sₜ; in reverse xₜ = sₜ + Mₜ xₜ₊₁ behind it."""
+
+    def move(x: Array, step: Any) -> tuple[Array, Array]:
+        matrix, shift = step
+        new = _times(matrix, x) + shift
+        return new, new if reverse else x
+
+    return _by_time(lax.scan(move, start, _by_time((matrices, shifts)), reverse=reverse)[1])
+
+
+def _by_time(tree: PyTree[Array]) -> Any:
+    """Time in front of sequences, or behind them again."""
+    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), tree)
+
+
+def _num_blocks(num_steps: int) -> int:
+    return -(-num_steps // _BLOCK)
+
+
+def _settled(new: Array, old: Array) -> Bool[Array, ""]:
+    """Whether two matrices differ by rounding alone, in all lanes of a vmap."""
+    gap = jnp.max(jnp.abs(new - old)) <= 2 * jnp.finfo(new.dtype).eps * jnp.max(jnp.abs(new))
+    return eqxi.unvmap_all(gap)
+
+
+def _repeated(
+    step: Callable[[Array], tuple[Array, Any]], start: Array, num_steps: int
+) -> tuple[Any, Bool[Array, " blocks"]]:
+    """What a step finds, one after the other, and which blocks repeat the end of the last one."""
+
+    def block(carry: Any, _: None) -> tuple[Any, Any]:
+        p, last, settled = carry
+
+        def run() -> Any:
+            new, found = lax.scan(lambda p, _: step(p), p, length=_BLOCK)
+            last = jax.tree.map(lambda leaf: leaf[-1], found)
+            return (new, last, _settled(new, last[0])), found
+
+        def repeat() -> Any:
+            found = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (_BLOCK, *leaf.shape)), last)
+            return carry, found
+
+        new, found = lax.cond(settled, repeat, run)
+        return new, (found, settled)
+
+    nothing = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(step, start)[1]
     )
-    turned = la.matmul(la.transpose(factors), n)
-    cross = -la.matmul(la.matmul(turned[1:], a), covariance[:-1])
-    return Smoothed(
-        mean,
-        covariance - back_and_forth,
-        la.apply(la.transpose(factors), r),
-        eye - la.matmul(turned, factors),
-        jnp.concatenate([jnp.zeros_like(turned[:1]), cross]),
-        forward.log_increments,
-    )
+    carry = start, nothing, jnp.zeros((), bool)
+    _, (found, repeats) = lax.scan(block, carry, length=_num_blocks(num_steps))
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num_steps], found), repeats
+
+
+def _repeated_back(
+    step: Callable[[Array, Any], tuple[Array, _Back]],
+    end: Array,
+    steps: Any,
+    repeats: Bool[Array, " blocks"],
+) -> tuple[Array, _Back]:
+    """`lax.scan(step, end, steps, reverse=True)`, of which blocks that repeat are not run."""
+    num_steps = len(steps[0])
+    missing = len(repeats) * _BLOCK - num_steps
+
+    def blocks(leaf: Array) -> Array:
+        # a step of zeros is one behind the end, where nothing is known
+        padded = jnp.pad(leaf, [(0, missing)] + (leaf.ndim - 1) * [(0, 0)])
+        return padded.reshape(-1, _BLOCK, *leaf.shape[1:])
+
+    def block(carry: Any, part: Any) -> tuple[Any, Any]:
+        n, first, settled = carry
+        steps, repeats = part
+
+        def run() -> Any:
+            new, found = lax.scan(step, n, steps, reverse=True)
+            first = jax.tree.map(lambda leaf: leaf[0], found)
+            return (new, first, _settled(new, found.information[1])), found
+
+        def repeat() -> Any:
+            found = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (_BLOCK, *leaf.shape)), first)
+            return carry, found
+
+        return lax.cond(eqxi.unvmap_all(settled & repeats), repeat, run)
+
+    one = jax.eval_shape(step, end, jax.tree.map(lambda leaf: leaf[0], steps))[1]
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), one)
+    carry = end, nothing, jnp.zeros((), bool)
+    parts = jax.tree.map(blocks, steps), repeats
+    (start, _, _), found = lax.scan(block, carry, parts, reverse=True)
+    return start, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num_steps], found)

@@ -36,11 +36,13 @@ from jaxem.latents import Exact, kalman
 from jaxem.models._composite import AbstractSeparable
 from jaxem.models._state_space_steps import (
     Residuals,
+    by_pattern,
     finite_values,
     joint_moments,
     parts_of,
     residuals_of,
     seen_entries,
+    total_of,
     unobserved_outside,
 )
 
@@ -254,15 +256,18 @@ class LinearGaussianSSM(AbstractSeparable):
         if w is not None:
             # one of weight 0 counts where it is possible: its weight has a derivative
             sequences = unobserved_outside(sequences, (w != 0) | self.in_support(sequences))
-        b, t = sequences.within.shape
-        weight = jnp.ones(b, float_dtype(self)) if w is None else w.astype(float_dtype(self))
-        found, residuals = self.inferred(sequences, kalman.smoothed)
+        b, dtype = len(sequences.within), float_dtype(self)
+        weight = jnp.ones(b, dtype) if w is None else w.astype(dtype)
+        return by_pattern(self._weighted_sums, sequences, weight)
+
+    def _weighted_sums(self, complete: bool, sequences: Sequences, weight: Array) -> Any:
+        found, residuals = self.inferred(complete, sequences, kalman.smoothed)
         value = jnp.sum(weight @ (found.log_increments + residuals.log_norm))
 
         start = jnp.sum(weight)[None]
         noise = found.noise_mean[:, 0]
         second = la.matmul(noise.T * weight, noise)
-        second = second + jnp.tensordot(weight, found.noise_covariance[:, 0], 1)
+        second = second + total_of(weight, found.noise_covariance[:, 0])
         initial = Moments(start, start, (weight @ noise)[None], second[None])
 
         steps = jnp.where(sequences.within, weight[:, None], 0)
@@ -299,14 +304,16 @@ class LinearGaussianSSM(AbstractSeparable):
         return as_sequences(data)
 
     def inferred(
-        self, sequences: Sequences, run: Callable[[kalman.Dynamics, kalman.Outputs], Any]
+        self,
+        complete: bool,
+        sequences: Sequences,
+        run: Callable[[kalman.Dynamics, kalman.Outputs], Any],
     ) -> tuple[Any, Residuals]:
-        """What `kalman.filtered` or `kalman.smoothed` finds of each sequence."""
+        """What `kalman.filtered` or `kalman.smoothed` finds of sequences, perhaps complete ones."""
         n = self.num_states
-        residuals = residuals_of(self.emission, n, sequences)
+        residuals = residuals_of(self.emission, n, sequences, complete)
         matrix, intercept = self.dynamics.coefficients[0], self.dynamics.intercept[0]
-        drift = jnp.broadcast_to(intercept, (*sequences.within.shape, n))
-        inputs = sequences.driving()
+        drift, inputs = intercept[None, None], sequences.driving()
         if inputs is not None:
             drift = drift + la.apply(matrix[:, n:], inputs)
         dynamics = kalman.Dynamics(
@@ -316,19 +323,21 @@ class LinearGaussianSSM(AbstractSeparable):
             drift,
             self.dynamics.structure.factor()[0],
         )
-        axes = kalman.Dynamics(None, None, None, 0, None)  # pyright: ignore[reportArgumentType]
-        found = jax.vmap(run, in_axes=(axes, 0))(dynamics, residuals.outputs)
-        return found, residuals
+        return run(dynamics, residuals.outputs), residuals
 
 
 @eqx.filter_jit  # an eager call compiles once
 def _answers(model: LinearGaussianSSM, sequences: Sequences, run: Callable[..., Any]) -> Any:
     """log p(yₜ | y₁ … yₜ₋₁) of each step from the filter, or the states from the smoother."""
 
-    def block(sequences: Sequences) -> Any:
-        found, residuals = model.inferred(sequences, run)
+    def answer(complete: bool, sequences: Sequences) -> Any:
+        found, residuals = model.inferred(complete, sequences, run)
         if run is kalman.filtered:
             return found.log_increments + residuals.log_norm
-        return States(found.mean, found.covariance)
+        shape = (*found.mean.shape, model.num_states)
+        return States(found.mean, jnp.broadcast_to(found.covariance, shape))
+
+    def block(sequences: Sequences) -> Any:
+        return by_pattern(answer, sequences)
 
     return map_over_observations(block, sequences, width=model.width(sequences))

@@ -1,8 +1,12 @@
 """Steps of a linear-Gaussian state-space model: what was seen of them, and sums of its factors."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import equinox.internal as eqxi
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from jaxem._core import linalg as la
@@ -13,21 +17,33 @@ from jaxem.latents import kalman
 
 
 class Residuals(NamedTuple):
-    """How complete-data residuals follow from what was seen of a step, whitened by all of R."""
+    """How complete-data residuals follow from what was seen of a step, whitened by all of R.
+
+    Of complete sequences, one matrix stands for those of all steps.
+    """
 
     outputs: kalman.Outputs
-    turn: Float[Array, "b t p p"]  # of seen residuals, 0 in columns of what was not
-    unseen: Float[Array, "b t p p"]  # the variance of what was not seen, given the rest
+    turn: Float[Array, "c s p p"]  # of seen residuals, 0 in columns of what was not
+    unseen: Float[Array, "c s p p"]  # the variance of what was not seen, given the rest
     seen: Float[Array, "b t p"]  # seen outputs less those of z = 0
     log_norm: Float[Array, "b t"]
 
 
-def residuals_of(emission: LinearRegression, num_states: int, sequences: Sequences) -> Residuals:
+def by_pattern(function: Callable[..., Any], sequences: Sequences, *args: Any) -> Any:
+    """`function(complete, sequences, *args)`, with True where every entry of all was observed."""
+    complete = eqxi.unvmap_all(jnp.all(seen_entries(sequences)))
+    of_all, of_some = (functools.partial(function, whole) for whole in (True, False))
+    return lax.cond(complete, of_all, of_some, sequences, *args)
+
+
+def residuals_of(
+    emission: LinearRegression, num_states: int, sequences: Sequences, complete: bool
+) -> Residuals:
     """What was seen of each step, whitened."""
     n, factor = num_states, emission.structure.factor()[0]
     controls, y = parts_of(sequences)
     seen = seen_entries(sequences)
-    share = seen.astype(y.dtype)
+    share = jnp.ones((1, 1, y.shape[2]), y.dtype) if complete else seen.astype(y.dtype)
     level = emission.intercept[0]
     if controls is not None:
         level = level + la.apply(emission.coefficients[0, :, n:], finite_values(controls))
@@ -41,7 +57,7 @@ def residuals_of(emission: LinearRegression, num_states: int, sequences: Sequenc
     rows = la.matmul(whitener, emission.coefficients[0, :, :n])
     turn = la.matmul(factor.T, la.matmul(la.transpose(whitener), whitener))
     log_scale = jnp.log(jnp.diagonal(root, axis1=-2, axis2=-1))
-    log_norm = -jnp.sum(jnp.where(seen, log_scale + HALF_LOG_2PI, 0), axis=-1)
+    log_norm = -jnp.sum(share * (log_scale + HALF_LOG_2PI), axis=-1)
     outputs = kalman.Outputs(rows, la.apply(whitener, values))
     return Residuals(outputs, turn, eye - la.matmul(turn, factor), values, log_norm)
 
@@ -50,10 +66,10 @@ def joint_moments(
     factor: LinearRegression,
     weight: Float[Array, "b t"],
     inputs: tuple[Float[Array, "b t n"], Float[Array, "b t q"] | None],
-    covariance: Float[Array, "b t n n"],
+    covariance: Float[Array, "c t n n"],
     residual: Float[Array, "b t d"],
-    cross: Float[Array, "b t d n"],
-    spread: Float[Array, "b t d d"],
+    cross: Float[Array, "c t d n"],
+    spread: Float[Array, "c t d d"],
 ) -> JointMoments:
     """Sums of a regression whose first inputs, and residuals, are known by moments."""
     state, known = inputs
@@ -65,13 +81,21 @@ def joint_moments(
     flat = weight.reshape(-1)
     joint = la.matmul(t * flat, t.T)
     turn = factor.inputs.whitener()[0, :, :n]
-    moved = la.matmul(la.matmul(turn, jnp.tensordot(weight, covariance, 2)), turn.T)
-    side = la.matmul(jnp.tensordot(weight, cross, 2), turn.T)
-    own = jnp.tensordot(weight, spread, 2)
+    moved = la.matmul(la.matmul(turn, total_of(weight, covariance)), turn.T)
+    side = la.matmul(total_of(weight, cross), turn.T)
+    own = total_of(weight, spread)
     of_inputs, of_residuals = slice(1, 1 + p), slice(1 + p, 1 + p + d)
     joint = joint.at[of_inputs, of_inputs].add(moved).at[of_residuals, of_residuals].add(own)
     joint = joint.at[of_residuals, of_inputs].add(side).at[of_inputs, of_residuals].add(side.T)
     return JointMoments(jnp.sum(flat)[None], joint[None])
+
+
+def total_of(weight: Float[Array, "*b"], matrices: Float[Array, "*c i j"]) -> Float[Array, "i j"]:
+    """The weighted sum of matrices, of which one can stand for those of all sequences, or steps."""
+    for axis in range(weight.ndim):
+        if matrices.shape[axis] < weight.shape[axis]:
+            weight = jnp.sum(weight, axis=axis, keepdims=True)
+    return jnp.tensordot(weight, matrices, weight.ndim)
 
 
 def parts_of(sequences: Sequences) -> tuple[Array | None, Array]:
