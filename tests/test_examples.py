@@ -237,3 +237,14 @@ def test_factor_analysis(run, tmp_path):
     assert re.search(r"2 +-817\.796 +6\.107 +4 +0\.191", text)
     assert "correlation of 0.48" in text
     assert np.asarray(Image.open(tmp_path / "out.png").convert("L"), dtype=float).std() > 10
+
+
+def test_nile(run, tmp_path):
+    text = run("nile.py", "out.png")
+    assert text.startswith("converged")
+    level, measurement = (number(f"{what} +by", text) for what in ("in a year", "is off"))
+    # all years: √1469.1 and √15099 (Durbin & Koopman 2012); here a fifth of them is withheld
+    assert 15 < level < 45 and 115 < measurement < 135
+    inside = int(re.search(r"band: (\d+) of 20", text).group(1))
+    assert 16 <= inside <= 20
+    assert np.asarray(Image.open(tmp_path / "out.png").convert("L"), dtype=float).std() > 10
