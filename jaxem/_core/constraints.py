@@ -92,6 +92,8 @@ class Parameter:
         if self.broadcasts and value.shape in ((), expected[1:]):
             value = jnp.broadcast_to(value, [s for s in expected if isinstance(s, int)])
         check_shape(name, value, expected)
+        first = dict(reversed(list(zip(self.shape, value.shape, strict=True))))
+        check_shape(name, value, tuple(first[letter] for letter in self.shape))
         sizes.update(zip(self.shape, value.shape, strict=True))
         valid, leaf = _leaf(self.constraint, value)
         check_values(valid, f"{name}{self.constraint.requirement}")
