@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.signal
+from models import CASES
 
 import jaxem
 from jaxem.emissions import ICA
@@ -91,6 +92,12 @@ def test_single_precision_far_from_the_origin():
     narrow = fitted(jnp.asarray(far, "float32"))
     found = amari(np.asarray(narrow.model.unmixing[0], float) @ np.asarray(wide.model.mixing[0]))
     assert narrow.model.unmixing.dtype == jnp.float32 and found < 1e-2
+
+
+def test_all_laws_hold():
+    case = CASES["ica"]()
+    report = jaxem.testing.check_model(case.model, case.data)
+    assert all(verdict.verdict == "holds" for verdict in report), report
 
 
 def test_two_models_in_a_mixture():

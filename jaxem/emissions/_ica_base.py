@@ -44,6 +44,7 @@ from jaxem._core.quadratic import AbstractLocal, Blocks, LocalQuadratic, linear_
 from jaxem._core.scales import HALF_LOG_2PI
 from jaxem._core.statistics import Framed
 from jaxem._core.supports import reals
+from jaxem.emissions._base import AbstractWide
 from jaxem.emissions._family import AbstractFamily
 
 _EXCESS = 1.1  # curvature of a row, over that of a Gaussian source
@@ -63,7 +64,7 @@ class UnmixingSums(NamedTuple):
     sources: PartSums
 
 
-class AbstractUnmixing(AbstractFamily, AbstractLocal):
+class AbstractUnmixing(AbstractFamily, AbstractWide, AbstractLocal):
     """Independent sources behind a regular matrix: the E-step and the M-step."""
 
     has_curvature: ClassVar = True
@@ -80,6 +81,11 @@ class AbstractUnmixing(AbstractFamily, AbstractLocal):
     log_variance: eqx.AbstractVar[Float[Array, "k d m"]]
     origin: eqx.AbstractVar[Float[Array, "k d"]]
     min_spread: eqx.AbstractVar[float]
+
+    @property
+    def num_densities(self) -> int:
+        k, _, m = self.log_weights.shape
+        return k * m
 
     @property
     def source_weights(self) -> Float[Array, "k d m"]:
