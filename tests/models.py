@@ -443,11 +443,11 @@ CASES: dict[str, Entry] = {
         "mixture",
         lambda: _case(
             jaxem.emissions.ICA(
+                MEAN,
                 [[[0.8, 0.3], [0.2, 0.9]], [[0.9, 0.0], [-0.4, 0.7]]],
                 np.full((2, 2, 2), [0.4, 0.6]),
                 np.full((2, 2, 2), [-0.5, 0.6]),
                 np.full((2, 2, 2), [0.5, 0.9]),
-                origin=MEAN,
             ),
             POINTS,
             lambda c: c.prior(3.0, source_variance=0.7),

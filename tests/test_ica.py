@@ -57,7 +57,7 @@ def test_standardized_is_the_same_law_in_units(solution):
     y = np.asarray(model.sources(X)[:, 0])
     np.testing.assert_allclose(y.mean(axis=0), 0, atol=0.02)  # those of its law, which has a prior
     np.testing.assert_allclose(y.std(axis=0), 1, atol=0.02)
-    np.testing.assert_allclose(y @ model.mixing[0].T + model.origin[0], X, atol=1e-10)
+    np.testing.assert_allclose(y @ model.mixing[0].T + model.mean[0], X, atol=1e-10)
     twice = model.standardized()
     np.testing.assert_allclose(twice.unmixing, model.unmixing, rtol=1e-9)
 
@@ -68,11 +68,11 @@ def test_fits_do_not_depend_on_units(solution):
     start = ICA.init(jax.random.key(0), X)
     inverse = jnp.asarray(np.linalg.inv(turn))
     other = ICA(
+        start.mean @ turn.T + np.array([5.0, -1e4, 3.0]),
         start.unmixing @ inverse,
         start.source_weights,
         start.source_mean,
         start.source_variance,
-        origin=start.origin @ turn.T + np.array([5.0, -1e4, 3.0]),
     )
     there = jaxem.fit(other, moved, prior=other.prior(20.0), tol=1e-8, max_steps=2000)
     log_det = np.log(np.abs(np.linalg.det(turn)))
@@ -105,7 +105,7 @@ def test_two_models_in_a_mixture():
     turns = np.array([[[1.0, 0.6], [0.0, 0.8]], [[0.3, -1.0], [1.0, 0.2]]])
     z = rng.integers(0, 2, 3000)
     x = jnp.asarray(np.einsum("nij,nj->ni", turns[z], rng.laplace(size=(3000, 2))))
-    start = ICA(np.linalg.inv(turns + 0.1), *_parts())
+    start = ICA(np.zeros((2, 2)), np.linalg.inv(turns + 0.1), *_parts())
     found = jaxem.fit(jaxem.Mixture([0.5, 0.5], start), x, max_steps=300, throw=False).model
     for own, turn in zip(found.components.unmixing, turns, strict=True):
         assert amari(np.asarray(own) @ turn) < 0.15
@@ -123,8 +123,11 @@ def _parts():
         (lambda: ICA.init(jax.random.key(0), X.at[3, 0].set(jnp.nan)), "NaN"),
         (lambda: ICA.init(jax.random.key(0), X, num_parts=0), "num_parts"),
         (lambda: ICA.init(jax.random.key(0), X, parts=2), "parts"),
-        (lambda: ICA(np.ones((2, 2, 2)), *_parts()), "regular"),
-        (lambda: ICA(np.ones((2, 2, 3)), *_parts()), r"unmixing has shape .* expected \(2, 2, 2\)"),
+        (lambda: ICA(np.zeros((2, 2)), np.ones((2, 2, 2)), *_parts()), "regular"),
+        (
+            lambda: ICA(np.zeros((2, 2)), np.ones((2, 2, 3)), *_parts()),
+            r"unmixing has shape .* expected \(2, 2, 2\)",
+        ),
     ],
 )
 def test_wrong_arguments(make, message):

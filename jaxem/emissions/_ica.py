@@ -28,12 +28,13 @@ class ICA(AbstractUnmixing, AbstractStarting):
 
     As many sources as features, and no noise. Alone it is ICA; in a `Mixture`, several models.
 
-    **Arguments:** `unmixing` W (k, d, d), regular; of each source, a mixture of m Gaussians:
-    `source_weights` (k, d, m), in the simplex, `source_mean` and `source_variance` (k, d, m);
-    `origin` c (k, d), 0 by default: it is no parameter, and stays. `min_spread`, default 1e-3: a
-    part of less than this share of its source's variance is degenerate.
+    **Arguments:** `mean` μ (k, d); `unmixing` W (k, d, d), regular; of each source, a mixture of m
+    Gaussians: `source_weights` (k, d, m), in the simplex, `source_mean` and `source_variance`
+    (k, d, m). `min_spread`, default 1e-3: a part of less than this share of its source's variance
+    is degenerate.
 
-    A source is found up to its sign, order and scale, which `standardized` settles.
+    A source is found up to its sign and order, which `standardized` settles; its mean and variance
+    stay as they were given, and W and μ are in their units.
 
     **Raises:** `ValueError` for other shapes or values.
 
@@ -44,37 +45,37 @@ class ICA(AbstractUnmixing, AbstractStarting):
     ```
     """
 
+    mean: Float[Array, "k d"]
     unmixing: Float[Array, "k d d"]
     log_weights: Float[Array, "k d m"]
     source_mean: Float[Array, "k d m"]
     log_variance: Float[Array, "k d m"]
-    origin: Float[Array, "k d"]
     min_spread: float = eqx.field(static=True)
     frozen: Frozen = eqx.field(static=True)
 
     def __init__(
         self,
+        mean: ArrayLike,
         unmixing: ArrayLike,
         source_weights: ArrayLike,
         source_mean: ArrayLike,
         source_variance: ArrayLike,
         *,
-        origin: ArrayLike = 0.0,
         min_spread: float = MIN_SPREAD,
     ):
         given = leaves_of(
             self.parameters,
+            mean=mean,
             unmixing=unmixing,
             source_weights=source_weights,
             source_mean=source_mean,
             source_variance=source_variance,
         )
-        self.unmixing, self.log_weights = given["unmixing"], given["log_weights"]
+        self.mean, self.unmixing = given["mean"], given["unmixing"]
+        self.log_weights = given["log_weights"]
         self.source_mean, self.log_variance = given["source_mean"], given["log_variance"]
         log_det = la.inverse_and_log_det(self.unmixing)[1]
         check_values(jnp.isfinite(log_det), "unmixing must be regular.")
-        like = self.unmixing[:, :, 0]
-        self.origin = jnp.broadcast_to(jnp.asarray(origin, like.dtype), like.shape)
         self.min_spread, self.frozen = min_spread, ()
 
     @property
@@ -83,7 +84,7 @@ class ICA(AbstractUnmixing, AbstractStarting):
         return la.inverse_and_log_det(self.unmixing)[0]
 
     def sources(self, x: Float[Array, "n d"]) -> Float[Array, "n k d"]:
-        """The sources of observations under each component, W (x − c)."""
+        """The sources of observations under each component, W (x − μ)."""
         x = as_arrays(x)
         self.check(x)
         return jnp.moveaxis(self._sources(x), 2, 0)
@@ -108,7 +109,7 @@ class ICA(AbstractUnmixing, AbstractStarting):
             log_weights=ordered(self.log_weights),
             source_mean=ordered(scale * (self.source_mean - mean[:, :, None])),
             log_variance=ordered(self.log_variance + 2 * jnp.log(jnp.abs(scale))),
-            origin=self.origin + la.apply(self.mixing, mean),
+            mean=self.mean + la.apply(self.mixing, mean),
         )
 
     def _shape(self) -> tuple[Float[Array, "k d"], Float[Array, "k d"]]:
@@ -150,31 +151,31 @@ class ICA(AbstractUnmixing, AbstractStarting):
 
     @classmethod
     def pooled(cls, x, num_components, sample_weight, num_parts: int = 3, **options):
-        """White data, and parts that spread over a standard deviation on either side."""
+        """White data, and parts of each source side by side."""
         cls.support.check(x, {}, x.dtype, cls.__name__)
         check_options(cls.__name__, options, {"min_spread"})
         check_count("num_parts", num_parts)
-        d, origin = x.shape[1], weighted_mean(x, sample_weight)
-        unit, second = weighted_second_moments(x, origin, sample_weight)
+        d, mean = x.shape[1], weighted_mean(x, sample_weight)
+        unit, second = weighted_second_moments(x, mean, sample_weight)
         white = la.inverse_of_lower(la.cholesky(second)) / unit
-        place = np.linspace(-1, 1, num_parts) if num_parts > 1 else np.zeros(1)
-        mean = jnp.broadcast_to(jnp.asarray(place, x.dtype), (1, d, num_parts))
+        place = np.linspace(-0.8, 0.8, num_parts) if num_parts > 1 else np.zeros(1)
+        places = jnp.broadcast_to(jnp.asarray(place, x.dtype), (1, d, num_parts))
         one = build(
             cls,
+            mean=mean[None],
             unmixing=white[None],
-            log_weights=jnp.full_like(mean, -np.log(num_parts)),
-            source_mean=mean,
-            log_variance=jnp.full_like(mean, np.log(max(1 - np.mean(place**2), 0.3))),
-            origin=origin[None],
+            log_weights=jnp.full_like(places, -np.log(num_parts)),
+            source_mean=places,
+            log_variance=jnp.full_like(places, np.log(1 - np.mean(place**2))),
             min_spread=options.get("min_spread", MIN_SPREAD),
             frozen=(),
         )
-        means = jnp.broadcast_to(origin, (num_components, d))
+        means = jnp.broadcast_to(mean, (num_components, d))
         return one.located_at(means, jnp.ones((), x.dtype))
 
     def located_at(self, x: Float[Array, "k d"], spread: Float[Array, ""]) -> Self:
         one = self.repeated(len(x), spread)
-        return replace(one, origin=x, unmixing=one.unmixing / jnp.sqrt(spread))
+        return replace(one, mean=x, unmixing=one.unmixing / jnp.sqrt(spread))
 
 
 def _turned(

@@ -1,31 +1,33 @@
-"""Independent components: x = c + A s, where sources sⱼ are independent mixtures of m Gaussians.
+"""Independent components: x = μ + A s, where sources sⱼ are independent mixtures of m Gaussians.
 
-With y = W (x − c), W = A⁻¹, and the laws fⱼ of the sources,
+With y = W (x − μ), W = A⁻¹, and the laws fⱼ of the sources,
 
     log p(x) = log|det W| + Σⱼ log fⱼ(yⱼ),    fⱼ(y) = Σₘ πⱼₘ N(y; μⱼₘ, σ²ⱼₘ).
 
-E-step. Sums of the sources are those of their parts, (1, e, e²) with e = (y − μⱼₘ)/σⱼₘ. Of W
-they are a quadratic in the relative step δ, y′ = y + δ ỹ with ỹ = (1, y): with ψⱼ = d log fⱼ/dy
-and its slope
+E-step. Sums of the sources are those of their parts, (1, e, e²) with e = (y − μⱼₘ)/σⱼₘ. Of W and μ
+they are a quadratic in the relative step δ, y′ = y + δ ỹ, ỹ = (1, y): with ψⱼ = d log fⱼ/dy, its
+slope, and variances v of the sources,
 
-    gᵢⱼ = Σ r ψᵢ ỹⱼ,    Hᵢⱼ = −Σ r ψᵢ′ ỹⱼ²,
+    gᵢⱼ = Σ r (ψᵢ ỹⱼ + [i = j]),    Hᵢⱼ = Σ r (0.1/vᵢ − ψᵢ′) ỹⱼ²,
 
-of each row, without products of different ỹ, whose mean is 0 where sources are independent. The log
-of the determinant is kept as it is.
+of each row, without products of different ỹ, whose mean is 0 where sources are independent. What
+the determinant adds to that, −n tr δ²/2, is kept as it is.
 
-M-step. That of the sources, which also finds their scales; and for each pair of rows the Newton
-step
+M-step. That of the sources, whose mean and variance stay as they are: those are of μ and W. And for
+each pair of rows the Newton step
 
     Hᵢⱼ δᵢⱼ + n δⱼᵢ = gᵢⱼ,    Hⱼᵢ δⱼᵢ + n δᵢⱼ = gⱼᵢ,    W ← (I + δ) W.
 
-Hᵢⱼ is at least what a Gaussian source of that variance has, n vⱼ/vᵢ, which an independent source
-exceeds; so steps ascend where they are short, and are halved where they are not. Steps are
-relative: fits of A x + b are those of x.
+Without its first part Hᵢⱼ is n vⱼ/vᵢ where sources are Gaussian, and more where they are independent
+and are not; steps ascend where they are short, and are halved where they are not. They are relative:
+fits of B x + b are those of x.
 
 Pham & Garat (1997), IEEE Trans. Signal Processing 45; Palmer, Kreutz-Delgado & Makeig (2012),
 AMICA; Ablin, Cardoso & Gramfort (2018), IEEE Trans. Signal Processing 66 (Picard).
 """
 
+import dataclasses
+import functools
 from typing import ClassVar, NamedTuple, Self
 
 import equinox as eqx
@@ -37,7 +39,7 @@ from numpy.typing import ArrayLike
 
 from jaxem._core import linalg as la
 from jaxem._core.causes import caused
-from jaxem._core.constraints import positive, real, simplex
+from jaxem._core.constraints import Parameter, positive, real, simplex
 from jaxem._core.numerics import divide, pseudo_count
 from jaxem._core.parameters import update
 from jaxem._core.quadratic import AbstractLocal, Blocks, LocalQuadratic, linear_tilt, shortened
@@ -47,7 +49,8 @@ from jaxem._core.supports import reals
 from jaxem.emissions._base import AbstractWide
 from jaxem.emissions._family import AbstractFamily
 
-_EXCESS = 1.1  # curvature of a row, over that of a Gaussian source
+# Curvature of a row, as shares of that of a Gaussian source: what is added, and the least there is
+_ADDED, _LEAST = 0.1, 1.02
 _LONGEST = 0.5  # root mean square of a row's relative step
 
 
@@ -60,8 +63,14 @@ class PartSums(NamedTuple):
 
 
 class UnmixingSums(NamedTuple):
-    unmixing: LocalQuadratic  # in δ, without the determinant: score (k, d, q), curvature in rows
+    unmixing: LocalQuadratic  # in δ: score (k, d, q); curvature in rows, without the determinant's
     sources: PartSums
+
+
+def _of_each_source(parameter: Parameter) -> Parameter:
+    """A parameter of which each source has one number less: its mean, or variance, is no freedom."""
+    lost = parameter.constraint._replace(lost=lambda shape: shape[0])
+    return dataclasses.replace(parameter, constraint=lost)
 
 
 class AbstractUnmixing(AbstractFamily, AbstractWide, AbstractLocal):
@@ -70,16 +79,17 @@ class AbstractUnmixing(AbstractFamily, AbstractWide, AbstractLocal):
     has_curvature: ClassVar = True
     support: ClassVar = reals("n d")
     parameters: ClassVar = {
+        "mean": real("mean", "k d"),
         "unmixing": real("unmixing", "k d d"),
         "source_weights": simplex("log_weights", "k d m"),
-        "source_mean": real("source_mean", "k d m"),
-        "source_variance": positive("log_variance", "k d m"),
+        "source_mean": _of_each_source(real("source_mean", "k d m")),
+        "source_variance": _of_each_source(positive("log_variance", "k d m")),
     }
+    mean: eqx.AbstractVar[Float[Array, "k d"]]
     unmixing: eqx.AbstractVar[Float[Array, "k d d"]]
     log_weights: eqx.AbstractVar[Float[Array, "k d m"]]
     source_mean: eqx.AbstractVar[Float[Array, "k d m"]]
     log_variance: eqx.AbstractVar[Float[Array, "k d m"]]
-    origin: eqx.AbstractVar[Float[Array, "k d"]]
     min_spread: eqx.AbstractVar[float]
 
     @property
@@ -96,7 +106,7 @@ class AbstractUnmixing(AbstractFamily, AbstractWide, AbstractLocal):
         return jnp.exp(self.log_variance)
 
     def _sources(self, x: Float[Array, "n d"]) -> Float[Array, "k d n"]:
-        return la.matmul(self.unmixing, x.T - self.origin[:, :, None])
+        return la.matmul(self.unmixing, x.T - self.mean[:, :, None])
 
     def _moments(self) -> tuple[Float[Array, "k d"], Float[Array, "k d"]]:
         """Mean and variance of the sources."""
@@ -119,8 +129,10 @@ class AbstractUnmixing(AbstractFamily, AbstractWide, AbstractLocal):
         score = jnp.sum(share * inverse * gap, axis=2)
         bend = jnp.sum(share * inverse**2 * (1 - gap**2), axis=2) + score**2
         rows = jnp.diagonal(quadratic.curvature.matrix, axis1=2, axis2=3)
+        bend = bend + (_ADDED / self._moments()[1])[:, :, None]
         tilted = bend * linear_tilt(rows, inputs**2)
-        constant = la.inverse_and_log_det(self.unmixing)[1] + quadratic.count
+        trace = jnp.trace(quadratic.score[:, :, 1:], axis1=1, axis2=2)
+        constant = la.inverse_and_log_det(self.unmixing)[1] + quadratic.count + trace
         return (la.repeat(constant, len(x)) + jnp.sum(log_source + tilted, axis=1)).T
 
     def _log_norm(self) -> Float[Array, "k d m"]:
@@ -134,67 +146,90 @@ class AbstractUnmixing(AbstractFamily, AbstractWide, AbstractLocal):
             for leaf in (self.source_mean, self.source_variance)
         )
         s = mean + jnp.sqrt(variance) * jax.random.normal(key, mean.shape, mean.dtype)
-        return self.origin[z] + la.apply(la.inverse_and_log_det(self.unmixing)[0][z], s)
+        return self.mean[z] + la.apply(la.inverse_and_log_det(self.unmixing)[0][z], s)
 
     # EM
 
     def canonical(self) -> UnmixingSums:
         k, d, _ = self.unmixing.shape
         zeros = jnp.zeros((k, d, 1 + d, 1 + d), self.unmixing.dtype)
-        log_det = la.inverse_and_log_det(self.unmixing)[1]
-        quadratic = LocalQuadratic(
-            jnp.ones((), zeros.dtype), log_det, zeros[:, :, 0], Blocks(zeros)
-        )
+        one, rows = jnp.ones((), zeros.dtype), zeros[:, :, 0]
         none = jnp.zeros_like(self.log_variance)
-        return UnmixingSums(quadratic, PartSums(self._log_norm(), none, none - 0.5))
+        parts = PartSums(self._log_norm(), none, none - 0.5)
+        return UnmixingSums(LocalQuadratic(one, rows[:, 0, 0], rows, Blocks(zeros)), parts)
 
     def reframe(self, sums: UnmixingSums, old: Self) -> UnmixingSums:
         step = la.matmul(self.unmixing - old.unmixing, la.inverse_and_log_det(old.unmixing)[0])
-        shift = la.apply(self.unmixing, old.origin - self.origin)
+        rise = jnp.sum(sums.unmixing.count * _log_det_beyond_trace(step))
+        shift = la.apply(self.unmixing, old.mean - self.mean)
         step = jnp.concatenate([shift[:, :, None], step], axis=2)
-        turn = jnp.eye(step.shape[2], dtype=step.dtype) + jnp.pad(step, ((0, 0), (1, 0), (0, 0)))
-        quadratic = sums.unmixing.moved(step).turned(turn[:, None])
+        change = jnp.pad(step, ((0, 0), (1, 0), (0, 0)))
+        turn = jnp.eye(change.shape[1], dtype=change.dtype) + change
+        moved = sums.unmixing.moved(step).turned(turn[:, None])
+        # The determinant's part of the score, n I, is that of the frame
+        rows, columns = step.shape[1:]
+        own = sums.unmixing.count[:, None, None] * jnp.eye(rows, columns, 1, step.dtype)
+        score = moved.score - la.apply(change[:, None], own)
+        moved = moved._replace(value=moved.value + rise, score=score)
         count, first, second = sums.sources
         ratio = jnp.exp(0.5 * (old.log_variance - self.log_variance))
         move = (old.source_mean - self.source_mean) * jnp.exp(-0.5 * self.log_variance)
-        turned = ratio * first
-        second = ratio**2 * second + move * (2 * turned + move * count)
-        return UnmixingSums(quadratic, PartSums(count, turned + move * count, second))
+        first = ratio * first
+        second = ratio**2 * second + move * (2 * first + move * count)
+        return UnmixingSums(moved, PartSums(count, first + move * count, second))
 
     def m_step(self, sums: UnmixingSums) -> Self:
-        count, first, second = sums.sources
-        seen, scale = count > 0, jnp.exp(0.5 * self.log_variance)
-        move = divide(first, count) * self.free("source_mean")[:, None, None]
+        step = self._step(sums.unmixing)
+        unmixing = self.unmixing + la.matmul(step[:, :, 1:], self.unmixing)
+        shift = la.apply(la.inverse_and_log_det(unmixing)[0], step[:, :, 0])
+        new = self._with_sources(sums.sources)
+        return update(new, unmixing=unmixing, mean=self.mean - shift)
+
+    def _with_sources(self, sums: PartSums) -> Self:
+        """The M-step of the sources; where they are free, about their mean, in units of old."""
+        names = "source_weights", "source_mean", "source_variance"
+        free = {name: self.free(name)[:, None, None] for name in names}
+        count, first, second = sums
+        move = divide(first, count) * free["source_mean"]
         spread = divide(second, count) + move * (move - 2 * divide(first, count))
-        log_variance = self.log_variance + la.floored_log(jnp.where(seen, spread, 1))
+        log_variance = self.log_variance + la.floored_log(jnp.where(count > 0, spread, 1))
         whole = jnp.sum(count, axis=2, keepdims=True)
         log_weights = jnp.where(whole > 0, la.floored_log(divide(count, whole)), self.log_weights)
-        step = self._step(sums.unmixing)
-        return update(
+        new = update(
             self,
-            unmixing=self.unmixing + la.matmul(step, self.unmixing),
             log_weights=log_weights,
-            source_mean=self.source_mean + scale * move,
+            source_mean=self.source_mean + jnp.exp(0.5 * self.log_variance) * move,
             log_variance=self.parameters["source_variance"].within(log_variance),
         )
+        (mean, variance), (now, spread) = self._moments(), new._moments()
+        ratio = (variance / spread)[:, :, None]
+        back = (new.source_mean - now[:, :, None]) * jnp.sqrt(ratio) + mean[:, :, None]
+        whole = np.logical_and.reduce(list(free.values()))
+        return update(
+            new,
+            source_mean=jnp.where(whole, back, new.source_mean),
+            log_variance=new.log_variance + jnp.where(whole, jnp.log(ratio), 0),
+        )
 
-    def _step(self, quadratic: LocalQuadratic) -> Float[Array, "k d d"]:
-        """δ; on its diagonal only where variances of sources are frozen."""
-        n = quadratic.count[:, None, None]
-        score = quadratic.score[:, :, 1:]
-        bend = jnp.diagonal(quadratic.curvature.matrix, axis1=2, axis2=3)[:, :, 1:]
-        variance = self._moments()[1]
-        gaussian = n * variance[:, None, :] / variance[:, :, None]
-        bend = jnp.maximum(bend, _EXCESS * gaussian)
+    def _step(self, quadratic: LocalQuadratic) -> Float[Array, "k d q"]:
+        """δ, within what is free."""
+        n, variance = quadratic.count[:, None, None], self._moments()[1]
+        inputs = jnp.pad(variance, ((0, 0), (1, 0)), constant_values=1)
+        gaussian = n * inputs[:, None, :] / variance[:, :, None]
+        bend = jnp.diagonal(quadratic.curvature.matrix, axis1=2, axis2=3)
+        bend = jnp.maximum(bend, _LEAST * gaussian)
+        level = divide(quadratic.score[:, :, :1], bend[:, :, :1])
+        score, bend, gaussian = quadratic.score[:, :, 1:], bend[:, :, 1:], gaussian[:, :, 1:]
         other = la.transpose(bend)
-        step = divide(other * score - n * la.transpose(score), bend * other - n**2)
-        scales = divide(score + n, bend + n) * ~self.free("source_variance")[:, None, None]
-        step = jnp.where(np.eye(step.shape[1], dtype=bool), scales, step)
+        pairs = divide(other * score - n * la.transpose(score), bend * other - n**2)
+        own = np.eye(score.shape[1], dtype=bool)
+        step = jnp.where(own, divide(score, bend + n), pairs)
         reach = jnp.mean(jnp.sum(step**2 * gaussian, axis=2), axis=1)[:, None, None]
-        return shortened(step, reach, _LONGEST**2 * n)
+        step = shortened(step, reach, _LONGEST**2 * n) * self.free("unmixing")[:, None, None]
+        return jnp.concatenate([level * self.free("mean")[:, None, None], step], axis=2)
 
     def prior(self, count: ArrayLike = 0.0, **law: ArrayLike) -> Framed:
-        """As if `count` values of each source, of the law given, had been seen; W has none.
+        """As if `count` values of each source, of the law given, had been seen; W and μ have none.
 
         It keeps parts from narrowing without end, as those of a source with few values do.
 
@@ -206,11 +241,21 @@ class AbstractUnmixing(AbstractFamily, AbstractWide, AbstractLocal):
         own = self.with_parameters(**law)
         each = pseudo_count("count", count, self.log_weights[:, 0, 0])[:, None, None]
         share = each * own.source_weights
-        tilt = self.tilt()
-        return Framed(tilt._replace(sources=PartSums(share, jnp.zeros_like(share), share)), own)
+        seen = PartSums(share, jnp.zeros_like(share), share)
+        return Framed(self.tilt()._replace(sources=seen), own)
 
     def degenerate(self, sums: UnmixingSums) -> Int[Array, " k"]:
         new, few = self.m_step(sums), sums.unmixing.count < self.unmixing.shape[1] + 1
         share = divide(new.source_variance, new._moments()[1][:, :, None])
         thin = jnp.any((share < self.min_spread) & (sums.sources.count > 0), axis=(1, 2))
         return caused(few_observations=few, no_variance=thin & self.free("source_variance"))
+
+
+def _log_det_beyond_trace(step: Float[Array, "k d d"]) -> Float[Array, " k"]:
+    """log|det(I + δ)| − tr δ, which is of second order, to its own precision."""
+    eye = jnp.eye(step.shape[1], dtype=step.dtype)
+    trace = functools.partial(jnp.trace, axis1=1, axis2=2)
+    whole = la.inverse_and_log_det(eye + step)[1] - trace(step)
+    square = la.matmul(step, step)
+    series = trace(-square / 2 + la.matmul(square, step / 3 - square / 4))
+    return jnp.where(jnp.sum(jnp.abs(step), axis=(1, 2)) < 1e-3, series, whole)
