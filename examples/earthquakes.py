@@ -1,6 +1,6 @@
 """How many regimes has a series of counts, and when did it change between them?
 
-Stationary Poisson hidden Markov models of 1 to 5 states, each from 20 starts, compared by AIC and
+Stationary Poisson hidden Markov models of 1 to 4 states, each from 20 starts, compared by AIC and
 BIC; then the most probable path through the states, drawn over time. The counts are the seizures
 of one patient on 140 days, treated from the 28th on, or those of a file with one count a line:
 the yearly numbers of major earthquakes 1900–2006 of Zucchini & MacDonald, *Hidden Markov Models
@@ -37,7 +37,7 @@ def fit_all(k):
 print(f"{counts.size} counts, {len(keys)} starts for each number of states\n")
 print("  k   log-likelihood   parameters      AIC      BIC   starts there   rates")
 fits, aic, bic = {}, {}, {}
-for k in range(1, 6):
+for k in range(1, 5):
     runs = fit_all(k)
     fits[k] = jaxem.best(runs)
     aic[k], bic[k] = float(jaxem.inference.aic(fits[k], x)), float(jaxem.inference.bic(fits[k], x))
