@@ -40,6 +40,7 @@ PACKAGES = (
     "torch",
     "hmmlearn",
     "dynamax",
+    "pykalman",
 )
 TINY = "--tiny" in sys.argv
 Section = Callable[[], Iterator[tuple[str, dict[str, int], dict[str, Any]]]]
