@@ -82,8 +82,8 @@ certainty.set(xlim=(0, counts.size + 1), ylim=(0, 1), xlabel="time", ylabel="P(s
 certainty.legend(loc="lower left")
 for values, name, style in ((aic, "AIC", "o--"), (bic, "BIC", "o-")):
     criteria.plot(list(values), list(values.values()), style, color=ink, label=name)
-low, high = min(aic.values()), max(bic[2], bic[5])
-criteria.set(xlabel="number of states", xticks=range(1, 6), ylim=(low - 10, high + 10))
+low, high = min(aic.values()), max(bic[2], bic[4])
+criteria.set(xlabel="number of states", xticks=range(1, 5), ylim=(low - 10, high + 10))
 criteria.set_title("AIC and BIC: less is better", color=ink)
 criteria.legend(frameon=False)
 for axes in (over_time, certainty, criteria):

@@ -17,7 +17,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxem._core.causes import CAUSES
 from jaxem._core.checks import check_count
-from jaxem._core.numerics import log_tiny
 from jaxem._core.parameters import free_numbers, log_odds
 from jaxem._core.statistics import Framed
 from jaxem.em._algorithm import AbstractAlgorithm, State
@@ -233,11 +232,12 @@ def _distance(statistics: Framed, total: Any) -> Float[Array, ""]:
 def _emerges(new: AbstractModel, old: AbstractModel, most: Array) -> Bool[Array, ""]:
     """Whether some probability below 1 % of the likeliest grows by more than `most` of itself.
 
-    It moves no statistic by as much as `tol`, but goes on growing at this rate. What was 0 at the
-    start, and is the smallest number of the dtype, does not count.
+    It moves no statistic by as much as `tol`, but goes on growing at this rate. What is below the
+    square of a rounding, such as what was 0 at the start, does not count.
     """
     after, before = log_odds(new), log_odds(old)
-    small = (after < math.log(0.01)) & (before > log_tiny(before.dtype) + 10)
+    least = 2 * math.log(jnp.finfo(before.dtype).eps)
+    small = (after < math.log(0.01)) & (before > least)
     return jnp.any(small & (after - before > most))
 
 
