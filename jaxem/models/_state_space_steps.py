@@ -16,6 +16,20 @@ from jaxem.emissions._linear_regression import JointMoments, LinearRegression
 from jaxem.latents import kalman
 
 
+class States(NamedTuple):
+    """States given all the data: `mean` (b, t, n), `covariance` (b, t, n, n)."""
+
+    mean: Float[Array, "b t n"]
+    covariance: Float[Array, "b t n n"]
+
+
+class Forecast(NamedTuple):
+    """Outputs to come: `mean` (b, t, p), `covariance` (b, t, p, p) with the noise of outputs."""
+
+    mean: Float[Array, "b t p"]
+    covariance: Float[Array, "b t p p"]
+
+
 class Residuals(NamedTuple):
     """How complete-data residuals follow from what was seen of a step, whitened by all of R.
 
@@ -29,11 +43,15 @@ class Residuals(NamedTuple):
     log_norm: Float[Array, "b t"]
 
 
-def by_pattern(function: Callable[..., Any], sequences: Sequences, *args: Any) -> Any:
-    """`function(complete, sequences, *args)`, with True where every entry of all was observed."""
-    complete = eqxi.unvmap_all(jnp.all(seen_entries(sequences)))
+def by_pattern(function: Callable[..., Any], complete: Bool[Array, ""], *args: Any) -> Any:
+    """`function(complete, *args)`, where that is a Python boolean."""
     of_all, of_some = (functools.partial(function, whole) for whole in (True, False))
-    return lax.cond(complete, of_all, of_some, sequences, *args)
+    return lax.cond(eqxi.unvmap_all(complete), of_all, of_some, *args)
+
+
+def all_seen(sequences: Sequences) -> Bool[Array, " b"]:
+    """Which sequences are of full length, and observed in every entry of every step."""
+    return jnp.all(seen_entries(sequences), axis=(1, 2))
 
 
 def residuals_of(
