@@ -39,6 +39,7 @@ from jaxem.models._state_space_steps import (
     Residuals,
     States,
     all_seen,
+    applied,
     by_pattern,
     finite_values,
     joint_moments,
@@ -286,7 +287,7 @@ class LinearGaussianSSM(AbstractSeparable):
 
         c = self.emission.coefficients[0, :, : self.num_states]
         rows = la.matmul(residuals.turn, c)
-        mean = la.apply(residuals.turn, residuals.seen - la.apply(c, found.mean))
+        mean = applied(residuals.turn, residuals.seen - applied(c, found.mean))
         cross = -la.matmul(rows, found.covariance)
         spread = residuals.unseen - la.matmul(cross, la.transpose(rows))
         counted = jnp.any(seen_entries(sequences), axis=2)

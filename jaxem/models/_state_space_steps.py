@@ -64,7 +64,7 @@ def residuals_of(
     share = jnp.ones((1, 1, y.shape[2]), y.dtype) if complete else seen.astype(y.dtype)
     level = emission.intercept[0]
     if controls is not None:
-        level = level + la.apply(emission.coefficients[0, :, n:], finite_values(controls))
+        level = level + applied(emission.coefficients[0, :, n:], finite_values(controls))
     values = jnp.where(seen, y - level, 0)
     # R of what was seen, and 1 in place of the variance of what was not
     eye = jnp.eye(len(factor), dtype=y.dtype)
@@ -76,7 +76,7 @@ def residuals_of(
     turn = la.matmul(factor.T, la.matmul(la.transpose(whitener), whitener))
     log_scale = jnp.log(jnp.diagonal(root, axis1=-2, axis2=-1))
     log_norm = -jnp.sum(share * (log_scale + HALF_LOG_2PI), axis=-1)
-    outputs = kalman.Outputs(rows, la.apply(whitener, values))
+    outputs = kalman.Outputs(rows, applied(whitener, values))
     return Residuals(outputs, turn, eye - la.matmul(turn, factor), values, log_norm)
 
 
@@ -114,6 +114,15 @@ def total_of(weight: Float[Array, "*b"], matrices: Float[Array, "*c i j"]) -> Fl
         if matrices.shape[axis] < weight.shape[axis]:
             weight = jnp.sum(weight, axis=axis, keepdims=True)
     return jnp.tensordot(weight, matrices, weight.ndim)
+
+
+def applied(a: Float[Array, "*c i j"], v: Float[Array, "b t j"]) -> Float[Array, "b t i"]:
+    """A product with a vector of each step; one matrix for all of them is one product."""
+    return (
+        la.apply(a, v)
+        if a.size > a.shape[-2] * a.shape[-1]
+        else la.matmul(v, a.reshape(a.shape[-2:]).T)
+    )
 
 
 def parts_of(sequences: Sequences) -> tuple[Array | None, Array]:
