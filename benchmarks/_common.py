@@ -40,6 +40,7 @@ PACKAGES = (
     "torch",
     "hmmlearn",
     "dynamax",
+    "pykalman",
 )
 TINY = "--tiny" in sys.argv
 Section = Callable[[], Iterator[tuple[str, dict[str, int], dict[str, Any]]]]
@@ -96,6 +97,23 @@ def pinned(name: str, run: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
 
     count = min({1, threads()}, key=best)
     return {f"{name} ({count} threads)": functools.partial(limited, count)}
+
+
+def dynamax_steps(model: Any, params: Any, props: Any, x: jax.Array, num_steps: int) -> Any:
+    """dynamax's own e_step and m_step, compiled once: its fit_em compiles at each call."""
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        statistics, _ = jax.vmap(lambda one: model.e_step(params, one, None))(x)
+        return model.m_step(params, props, statistics, state)
+
+    def run() -> Any:
+        now, state = params, model.initialize_m_step_state(params, props)
+        for _ in range(num_steps):
+            now, state = step(now, state)
+        return now
+
+    return run
 
 
 # Records

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxem
-from benchmarks._common import PEAK, interleave, main, pinned, python, size
+from benchmarks._common import PEAK, dynamax_steps, interleave, main, pinned, python, size
 from jaxem.emissions import FactorAnalysis, Gaussian, LinearRegression
 
 STEPS, STATES, OUTPUTS = 10, 4, 8
@@ -69,8 +69,7 @@ def jaxem_steps(y: Any) -> Callable[[], Any]:
     return lambda: run(first)
 
 
-def dynamax_steps(y: np.ndarray) -> Callable[[], Any]:
-    """dynamax's own e_step and m_step, compiled once: its fit_em compiles at each call."""
+def dynamax(y: np.ndarray) -> Callable[[], Any]:
     from dynamax.linear_gaussian_ssm import LinearGaussianSSM  # a peer, not a dependency
 
     law, model = truth(), LinearGaussianSSM(STATES, OUTPUTS)
@@ -85,20 +84,7 @@ def dynamax_steps(y: np.ndarray) -> Callable[[], Any]:
         emission_bias=jnp.zeros(OUTPUTS),
         emission_covariance=jnp.eye(OUTPUTS),
     )
-    data = jnp.asarray(y)
-
-    @jax.jit
-    def step(params: Any, state: Any) -> Any:
-        statistics, _ = jax.vmap(lambda one: model.e_step(params, one, None))(data)
-        return model.m_step(params, props, statistics, state)
-
-    def run() -> Any:
-        now, state = params, model.initialize_m_step_state(params, props)
-        for _ in range(STEPS):
-            now, state = step(now, state)
-        return now
-
-    return run
+    return dynamax_steps(model, params, props, jnp.asarray(y), STEPS)
 
 
 def pykalman_steps(y: np.ndarray) -> dict[str, Callable[[], Any]]:
@@ -125,7 +111,7 @@ def pykalman_steps(y: np.ndarray) -> dict[str, Callable[[], Any]]:
 
 def state_space() -> Iterator[Any]:
     y = series(1, size(1_000, 50))
-    contenders = {"jaxem": jaxem_steps(y), "dynamax": dynamax_steps(y), **pykalman_steps(y)}
+    contenders = {"jaxem": jaxem_steps(y), "dynamax": dynamax(y), **pykalman_steps(y)}
     shapes = {"T": y.shape[1], "states": STATES, "outputs": OUTPUTS}
     yield f"one sequence, {STEPS} EM steps, float32", shapes, interleave(contenders, runs=5)
 
@@ -136,7 +122,7 @@ def missing() -> Iterator[Any]:
     contenders = {
         "jaxem, 10 % of entries missing": jaxem_steps(np.where(holes, np.nan, y)),
         "jaxem, complete": jaxem_steps(y),
-        "dynamax, complete": dynamax_steps(y),
+        "dynamax, complete": dynamax(y),
     }
     shapes = {"T": y.shape[1], "states": STATES, "outputs": OUTPUTS}
     yield f"missing entries, {STEPS} EM steps, float32", shapes, interleave(contenders, runs=5)
@@ -144,7 +130,7 @@ def missing() -> Iterator[Any]:
 
 def sequences() -> Iterator[Any]:
     y = series(size(100, 5), size(1_000, 50))
-    contenders = {"jaxem": jaxem_steps(y), "dynamax": dynamax_steps(y)}
+    contenders = {"jaxem": jaxem_steps(y), "dynamax": dynamax(y)}
     shapes = {"B": len(y), "T": y.shape[1], "states": STATES, "outputs": OUTPUTS}
     yield f"many sequences, {STEPS} EM steps, float32", shapes, interleave(contenders, runs=5)
 

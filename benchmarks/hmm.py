@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 
 import jaxem
-from benchmarks._common import PEAK, interleave, main, pinned, python, size
+from benchmarks._common import PEAK, dynamax_steps, interleave, main, pinned, python, size
 from benchmarks._data import clusters, gaussian_hmm, path, sticky
 from jaxem.latents import chain
 
@@ -70,23 +70,6 @@ def gaussian_hmmlearn(matrix: np.ndarray, means: np.ndarray, x: Any, lengths: An
     return hmmlearn("GaussianHMM", matrix, start, x.astype(float), lengths, **options)
 
 
-def dynamax_steps(model: Any, params: Any, props: Any, x: jax.Array) -> Any:
-    """dynamax's own e_step and m_step, compiled once: its fit_em compiles at each call."""
-
-    @jax.jit
-    def step(params: Any, state: Any) -> Any:
-        statistics, _ = jax.vmap(lambda one: model.e_step(params, one, None))(x)
-        return model.m_step(params, props, statistics, state)
-
-    def run() -> Any:
-        now, state = params, model.initialize_m_step_state(params, props)
-        for _ in range(STEPS):
-            now, state = step(now, state)
-        return now
-
-    return run
-
-
 def gaussian() -> Iterator[Any]:
     from dynamax.hidden_markov_model import GaussianHMM  # a peer, not a dependency
 
@@ -105,7 +88,7 @@ def gaussian() -> Iterator[Any]:
     rows = interleave(
         {
             "jaxem": lambda: ours(first),
-            "dynamax": dynamax_steps(model, params, props, one),
+            "dynamax": dynamax_steps(model, params, props, one, STEPS),
             **gaussian_hmmlearn(matrix, means, x),
         },
         runs=5,

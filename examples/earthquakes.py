@@ -1,6 +1,6 @@
 """How many regimes has a series of counts, and when did it change between them?
 
-Stationary Poisson hidden Markov models of 1 to 5 states, each from 20 starts, compared by AIC and
+Stationary Poisson hidden Markov models of 1 to 4 states, each from 20 starts, compared by AIC and
 BIC; then the most probable path through the states, drawn over time. The counts are the seizures
 of one patient on 140 days, treated from the 28th on, or those of a file with one count a line:
 the yearly numbers of major earthquakes 1900–2006 of Zucchini & MacDonald, *Hidden Markov Models
@@ -37,7 +37,7 @@ def fit_all(k):
 print(f"{counts.size} counts, {len(keys)} starts for each number of states\n")
 print("  k   log-likelihood   parameters      AIC      BIC   starts there   rates")
 fits, aic, bic = {}, {}, {}
-for k in range(1, 6):
+for k in range(1, 5):
     runs = fit_all(k)
     fits[k] = jaxem.best(runs)
     aic[k], bic[k] = float(jaxem.inference.aic(fits[k], x)), float(jaxem.inference.bic(fits[k], x))
@@ -82,8 +82,8 @@ certainty.set(xlim=(0, counts.size + 1), ylim=(0, 1), xlabel="time", ylabel="P(s
 certainty.legend(loc="lower left")
 for values, name, style in ((aic, "AIC", "o--"), (bic, "BIC", "o-")):
     criteria.plot(list(values), list(values.values()), style, color=ink, label=name)
-low, high = min(aic.values()), max(bic[2], bic[5])
-criteria.set(xlabel="number of states", xticks=range(1, 6), ylim=(low - 10, high + 10))
+low, high = min(aic.values()), max(bic[2], bic[4])
+criteria.set(xlabel="number of states", xticks=range(1, 5), ylim=(low - 10, high + 10))
 criteria.set_title("AIC and BIC: less is better", color=ink)
 criteria.legend(frameon=False)
 for axes in (over_time, certainty, criteria):

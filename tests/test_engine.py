@@ -427,3 +427,17 @@ def test_what_functions_do_not_say_ends_in_a_message(name):
     for call in calls:
         with pytest.raises(NotImplementedError, match="a model from"):
             call(solution.model)
+
+
+@pytest.mark.parametrize("algorithm", [jaxem.EM(), jaxem.SQUAREM()], ids=["EM", "SQUAREM"])
+def test_a_probability_that_emerges_from_its_bound_has_not_converged(algorithm):
+    """It grows by 2 % in a step, from 1e-9: statistics hardly move, for some hundred steps."""
+    codes = "000000000000000000000000000111111111444a"  # four bits each
+    bits = jnp.asarray([[int(bit) for bit in f"{int(code, 16):04b}"] for code in codes])
+    chance = jnp.asarray([[0.153, 0.458, 0.153, 0.0], [0.0, 1e-9, 0.0, 0.269]], "float32")
+    weights = jnp.asarray([0.1637, 0.8363], "float32")
+    start = jaxem.Mixture(weights, jaxem.emissions.Bernoulli(chance))
+    solution = jaxem.fit(start, bits, algorithm, max_steps=2000)
+    assert solution.converged
+    assert solution.model.components.probability[1, 1] > 0.01
+    assert solution.objective > solution.history[0] + 2

@@ -32,6 +32,8 @@ class Constraint(NamedTuple):
     valid: Callable[[Array], Array]
     inverse: Callable[[Array], Array]  # the leaf of a value
     is_log: bool  # whether leaves are logarithms or log-odds, which have no units
+    # The log-odds of each probability against the likeliest
+    log_odds: Callable[[Array], Array] | None = None
     # How many numbers of one component follow from the others, by their shape
     lost: Callable[[tuple[int, ...]], int] = lambda shape: 0
 
@@ -174,6 +176,7 @@ def probability(leaf: str, shape: str, **settings: Any) -> Parameter:
         valid=lambda value: (value >= 0) & (value <= 1),
         inverse=lambda value: la.floored_log(value) - la.floored_log(1 - value),
         is_log=True,
+        log_odds=lambda leaf: -jnp.abs(leaf),
     )
     return Parameter(leaf, tuple(shape.split()), constraint, **{"reference": 0.5, **settings})
 
@@ -181,7 +184,14 @@ def probability(leaf: str, shape: str, **settings: Any) -> Parameter:
 def simplex(leaf: str, shape: str, **settings: Any) -> Parameter:
     """Probabilities that sum to 1 along the last axis, by their logarithms; a 0 is floored."""
     requirement = ": probabilities must be non-negative and sum to 1 along the last axis."
-    constraint = Constraint(requirement, is_simplex, la.floored_log, True, lost=_one_of_each_row)
+    constraint = Constraint(
+        requirement,
+        is_simplex,
+        la.floored_log,
+        is_log=True,
+        log_odds=lambda leaf: leaf - jnp.max(leaf, axis=-1, keepdims=True),
+        lost=_one_of_each_row,
+    )
     return Parameter(leaf, tuple(shape.split()), constraint, **{"reference": None, **settings})
 
 

@@ -155,11 +155,25 @@ def _inner(module: Any) -> Iterator[tuple[str, Any]]:
 
 def log_leaves(module: Any) -> Iterator[jax.Array]:
     """Leaves that hold logarithms or log-odds, which have no units."""
+    return (leaf for _, leaf in _all_logs(module))
+
+
+def log_odds(module: Any) -> jax.Array:
+    """Of all probabilities, against the likeliest: at most 0, and far below near a bound."""
+    found = [
+        parameter.constraint.log_odds(leaf).reshape(-1)
+        for parameter, leaf in _all_logs(module)
+        if parameter.constraint.log_odds is not None
+    ]
+    return jnp.concatenate(found) if found else jnp.zeros(1)
+
+
+def _all_logs(module: Any) -> Iterator[tuple[Any, jax.Array]]:
     if isinstance(module, Parametrized):
-        yield from (leaf for _, leaf in _logs(module))
+        yield from _logs(module)
         for _, value in _inner(module):
             for part in value if isinstance(value, tuple) else (value,):
-                yield from log_leaves(part)
+                yield from _all_logs(part)
 
 
 def _logs(module: Any) -> Iterator[tuple[Any, jax.Array]]:

@@ -4,6 +4,7 @@ A turn is a step of the algorithm, and the stopping rule: a fit has converged wh
 gains, and the statistics move, by no more than `tol` per observation of weight.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxem._core.causes import CAUSES
 from jaxem._core.checks import check_count
-from jaxem._core.parameters import free_numbers
+from jaxem._core.parameters import free_numbers, log_odds
 from jaxem._core.statistics import Framed
 from jaxem.em._algorithm import AbstractAlgorithm, State
 from jaxem.em._problem import Problem
@@ -146,6 +147,7 @@ class Loop(eqx.Module):
         small = (tol > 0) & (change <= jnp.maximum(tol, resolution))
         excused = jnp.minimum(10 * off, jnp.sqrt(tol) * total)  # as rounding
         small = small & (jnp.abs(gain) <= jnp.maximum(tol * total, excused))
+        small = small & ~_emerges(new.model, old.model, jnp.sqrt(tol))
         small = small & self.algorithm.conclusive(new)
         if not traits.maximal:
             left = _distance(now, total) / total
@@ -225,6 +227,18 @@ def _distance(statistics: Framed, total: Any) -> Float[Array, ""]:
     frame = statistics.frame
     aim = free_numbers(frame)[1](free_numbers(frame.m_step(statistics))[0])
     return distance(statistics.at(aim).sums, statistics.sums, total)
+
+
+def _emerges(new: AbstractModel, old: AbstractModel, most: Array) -> Bool[Array, ""]:
+    """Whether some probability below 1 % of the likeliest grows by more than `most` of itself.
+
+    It moves no statistic by as much as `tol`, but goes on growing at this rate. What is below the
+    square of a rounding, such as what was 0 at the start, does not count.
+    """
+    after, before = log_odds(new), log_odds(old)
+    least = 2 * math.log(jnp.finfo(before.dtype).eps)
+    small = (after < math.log(0.01)) & (before > least)
+    return jnp.any(small & (after - before > most))
 
 
 def _valid_weight(sample_weight: Float[Array, " n"] | None) -> Bool[Array, ""]:

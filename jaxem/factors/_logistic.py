@@ -150,10 +150,9 @@ class LogisticGate(AbstractFactor, AbstractLocal):
         rows = self.inputs.free_directions(self) * ~self._common()[:, :, None]
         return _end_to_end(jnp.einsum("kij,kl->kilj", rows, jnp.eye(len(rows), dtype=rows.dtype)))
 
-    def _unresolved(self) -> Float[Array, " q"]:
-        """What the square of ṽ has, of one observation, where v is off by its own rounding."""
-        one = self.inputs.unresolved()
-        return jnp.broadcast_to(one, (self.num_components, one.shape[1])).reshape(-1)
+    def _unresolved(self, level: Float[Array, "k 1"]) -> Float[Array, "k q"]:
+        """What the square of ṽ has where v is off by its own rounding, of so many observations."""
+        return self.inputs.unresolved() * level
 
     def _newton(self, quadratic: LocalQuadratic) -> Float[Array, " q"]:
         """The step to the maximum; along what is common a prior alone has a curvature."""
@@ -164,22 +163,21 @@ class LogisticGate(AbstractFactor, AbstractLocal):
         curvature = jnp.diagonal(quadratic.curvature.matrix).reshape(common.shape)
         reach = la.apply(jnp.abs(shared), jnp.sqrt(jnp.max(curvature, axis=0)))
         rounding = ROUNDINGS * jnp.finfo(reach.dtype).eps * reach**2
-        least = jnp.where(common, rounding, self.inputs.unresolved() * curvature[:, :1])
+        least = jnp.where(common, rounding, self._unresolved(curvature[:, :1]))
         return quadratic.maximum(directions, least.reshape(-1))
 
     def degenerate(self, sums: LinearSums) -> Int[Array, " k"]:
         """Why a component's coefficients have no maximum, a member of `CAUSES`."""
         quadratic, k = sums.quadratic, self.num_components
-        contrasts, unresolved = self._contrasts(), self._unresolved()
+        contrasts = self._contrasts()
         level = jnp.diagonal(quadratic.curvature.matrix).reshape(k, -1)[:, :1]
-        least = unresolved.reshape(k, -1) * level
         endless = runs_away(
-            quadratic.maximum(contrasts, least.reshape(-1)),
+            quadratic.maximum(contrasts, self._unresolved(level).reshape(-1)),
             quadratic.curvature.matrix,
             jnp.kron(jnp.eye(k, dtype=level.dtype), sums.moments),
             contrasts,
             quadratic.count,
-            unresolved,
+            self._unresolved(jnp.ones_like(level)).reshape(-1),
         )
         return caused(separation=jnp.any(endless.reshape(k, -1), axis=1))
 

@@ -14,7 +14,7 @@ Holmes (2013), arXiv:1302.3919 (MARSS).
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -35,7 +35,11 @@ from jaxem.emissions._linear_regression import LinearRegression
 from jaxem.latents import Exact, kalman
 from jaxem.models._composite import AbstractSeparable
 from jaxem.models._state_space_steps import (
+    Forecast,
     Residuals,
+    States,
+    all_seen,
+    applied,
     by_pattern,
     finite_values,
     joint_moments,
@@ -45,20 +49,6 @@ from jaxem.models._state_space_steps import (
     total_of,
     unobserved_outside,
 )
-
-
-class States(NamedTuple):
-    """States given all the data: `mean` (b, t, n), `covariance` (b, t, n, n)."""
-
-    mean: Float[Array, "b t n"]
-    covariance: Float[Array, "b t n n"]
-
-
-class Forecast(NamedTuple):
-    """Outputs to come: `mean` (b, t, p), `covariance` (b, t, p, p) with the noise of outputs."""
-
-    mean: Float[Array, "b t p"]
-    covariance: Float[Array, "b t p p"]
 
 
 class LinearGaussianSSM(AbstractSeparable):
@@ -249,16 +239,30 @@ class LinearGaussianSSM(AbstractSeparable):
                 f"{type(posterior).__name__}."
             )
         sequences = as_sequences(data)
-        width = self.width(sequences)
-        return sum_over_observations(self._sums_of_block, sequences, sample_weight, width=width)
+        partial = sum_over_observations(
+            lambda block, _w, _key: jnp.sum(~(all_seen(block) & self.in_support(block))),
+            sequences,
+            width=self._width(True, sequences),
+        )
+        return by_pattern(self._total, partial == 0, sequences, sample_weight)
 
-    def _sums_of_block(self, sequences: Sequences, w: Any, _: Any) -> Any:
-        if w is not None:
-            # one of weight 0 counts where it is possible: its weight has a derivative
-            sequences = unobserved_outside(sequences, (w != 0) | self.in_support(sequences))
-        b, dtype = len(sequences.within), float_dtype(self)
-        weight = jnp.ones(b, dtype) if w is None else w.astype(dtype)
-        return by_pattern(self._weighted_sums, sequences, weight)
+    def _width(self, complete: bool, sequences: Sequences) -> int:
+        """Numbers of one sequence; complete ones share matrices, and hold vectors alone."""
+        n, p = self.num_states, self.emission.coefficients.shape[1]
+        return sequences.within.shape[1] * (8 * n + 4 * p) if complete else self.width(sequences)
+
+    def _total(self, complete: bool, sequences: Sequences, sample_weight: Any) -> Any:
+        def block(sequences: Sequences, w: Any, _: Any) -> Any:
+            if w is not None and not complete:
+                # one of weight 0 counts where it is possible: its weight has a derivative
+                keep = (w != 0) | self.in_support(sequences)
+                sequences = unobserved_outside(sequences, keep)
+            b, dtype = len(sequences.within), float_dtype(self)
+            weight = jnp.ones(b, dtype) if w is None else w.astype(dtype)
+            return self._weighted_sums(complete, sequences, weight)
+
+        width = self._width(complete, sequences)
+        return sum_over_observations(block, sequences, sample_weight, width=width)
 
     def _weighted_sums(self, complete: bool, sequences: Sequences, weight: Array) -> Any:
         found, residuals = self.inferred(complete, sequences, kalman.smoothed)
@@ -283,7 +287,7 @@ class LinearGaussianSSM(AbstractSeparable):
 
         c = self.emission.coefficients[0, :, : self.num_states]
         rows = la.matmul(residuals.turn, c)
-        mean = la.apply(residuals.turn, residuals.seen - la.apply(c, found.mean))
+        mean = applied(residuals.turn, residuals.seen - applied(c, found.mean))
         cross = -la.matmul(rows, found.covariance)
         spread = residuals.unseen - la.matmul(cross, la.transpose(rows))
         counted = jnp.any(seen_entries(sequences), axis=2)
@@ -338,6 +342,6 @@ def _answers(model: LinearGaussianSSM, sequences: Sequences, run: Callable[..., 
         return States(found.mean, jnp.broadcast_to(found.covariance, shape))
 
     def block(sequences: Sequences) -> Any:
-        return by_pattern(answer, sequences)
+        return by_pattern(answer, jnp.all(all_seen(sequences)), sequences)
 
     return map_over_observations(block, sequences, width=model.width(sequences))

@@ -16,6 +16,20 @@ from jaxem.emissions._linear_regression import JointMoments, LinearRegression
 from jaxem.latents import kalman
 
 
+class States(NamedTuple):
+    """States given all the data: `mean` (b, t, n), `covariance` (b, t, n, n)."""
+
+    mean: Float[Array, "b t n"]
+    covariance: Float[Array, "b t n n"]
+
+
+class Forecast(NamedTuple):
+    """Outputs to come: `mean` (b, t, p), `covariance` (b, t, p, p) with the noise of outputs."""
+
+    mean: Float[Array, "b t p"]
+    covariance: Float[Array, "b t p p"]
+
+
 class Residuals(NamedTuple):
     """How complete-data residuals follow from what was seen of a step, whitened by all of R.
 
@@ -29,11 +43,15 @@ class Residuals(NamedTuple):
     log_norm: Float[Array, "b t"]
 
 
-def by_pattern(function: Callable[..., Any], sequences: Sequences, *args: Any) -> Any:
-    """`function(complete, sequences, *args)`, with True where every entry of all was observed."""
-    complete = eqxi.unvmap_all(jnp.all(seen_entries(sequences)))
+def by_pattern(function: Callable[..., Any], complete: Bool[Array, ""], *args: Any) -> Any:
+    """`function(complete, *args)`, where that is a Python boolean."""
     of_all, of_some = (functools.partial(function, whole) for whole in (True, False))
-    return lax.cond(complete, of_all, of_some, sequences, *args)
+    return lax.cond(eqxi.unvmap_all(complete), of_all, of_some, *args)
+
+
+def all_seen(sequences: Sequences) -> Bool[Array, " b"]:
+    """Which sequences are of full length, and observed in every entry of every step."""
+    return jnp.all(seen_entries(sequences), axis=(1, 2))
 
 
 def residuals_of(
@@ -46,7 +64,7 @@ def residuals_of(
     share = jnp.ones((1, 1, y.shape[2]), y.dtype) if complete else seen.astype(y.dtype)
     level = emission.intercept[0]
     if controls is not None:
-        level = level + la.apply(emission.coefficients[0, :, n:], finite_values(controls))
+        level = level + applied(emission.coefficients[0, :, n:], finite_values(controls))
     values = jnp.where(seen, y - level, 0)
     # R of what was seen, and 1 in place of the variance of what was not
     eye = jnp.eye(len(factor), dtype=y.dtype)
@@ -58,7 +76,7 @@ def residuals_of(
     turn = la.matmul(factor.T, la.matmul(la.transpose(whitener), whitener))
     log_scale = jnp.log(jnp.diagonal(root, axis1=-2, axis2=-1))
     log_norm = -jnp.sum(share * (log_scale + HALF_LOG_2PI), axis=-1)
-    outputs = kalman.Outputs(rows, la.apply(whitener, values))
+    outputs = kalman.Outputs(rows, applied(whitener, values))
     return Residuals(outputs, turn, eye - la.matmul(turn, factor), values, log_norm)
 
 
@@ -96,6 +114,15 @@ def total_of(weight: Float[Array, "*b"], matrices: Float[Array, "*c i j"]) -> Fl
         if matrices.shape[axis] < weight.shape[axis]:
             weight = jnp.sum(weight, axis=axis, keepdims=True)
     return jnp.tensordot(weight, matrices, weight.ndim)
+
+
+def applied(a: Float[Array, "*c i j"], v: Float[Array, "b t j"]) -> Float[Array, "b t i"]:
+    """A product with a vector of each step; one matrix for all of them is one product."""
+    return (
+        la.apply(a, v)
+        if a.size > a.shape[-2] * a.shape[-1]
+        else la.matmul(v, a.reshape(a.shape[-2:]).T)
+    )
 
 
 def parts_of(sequences: Sequences) -> tuple[Array | None, Array]:
