@@ -13,14 +13,15 @@ slope, and variances v of the sources,
 of each row, without products of different ỹ, whose mean is 0 where sources are independent. What
 the determinant adds to that, −n tr δ²/2, is kept as it is.
 
-M-step. That of the sources, whose mean and variance stay as they are: those are of μ and W. And for
-each pair of rows the Newton step
+M-step. That of the sources, whose mean and variance stay as they are: a source and its row of W can
+be scaled and shifted together, which changes no density. And for each pair of rows the Newton step
 
     Hᵢⱼ δᵢⱼ + n δⱼᵢ = gᵢⱼ,    Hⱼᵢ δⱼᵢ + n δᵢⱼ = gⱼᵢ,    W ← (I + δ) W.
 
-Without its first part Hᵢⱼ is n vⱼ/vᵢ where sources are Gaussian, and more where they are independent
-and are not; steps ascend where they are short, and are halved where they are not. They are relative:
-fits of B x + b are those of x.
+Without its first part Hᵢⱼ is n vⱼ/vᵢ where sources are Gaussian, more where they are independent
+and are not; of scales and levels, i = j and ỹ = 1, it is that of the parts, Σ r y²/σ². Steps ascend
+where they are short, and are halved where they are not. They are relative: fits of B x + b are
+those of x.
 
 Pham & Garat (1997), IEEE Trans. Signal Processing 45; Palmer, Kreutz-Delgado & Makeig (2012),
 AMICA; Ablin, Cardoso & Gramfort (2018), IEEE Trans. Signal Processing 66 (Picard).
@@ -28,7 +29,7 @@ AMICA; Ablin, Cardoso & Gramfort (2018), IEEE Trans. Signal Processing 66 (Picar
 
 import dataclasses
 import functools
-from typing import ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import equinox as eqx
 import jax
@@ -40,6 +41,7 @@ from numpy.typing import ArrayLike
 from jaxem._core import linalg as la
 from jaxem._core.causes import caused
 from jaxem._core.constraints import Parameter, positive, real, simplex
+from jaxem._core.newton import maximize_by_newton
 from jaxem._core.numerics import divide, pseudo_count
 from jaxem._core.parameters import update
 from jaxem._core.quadratic import AbstractLocal, Blocks, LocalQuadratic, linear_tilt, shortened
@@ -54,6 +56,34 @@ _ADDED, _LEAST = 0.1, 1.02
 _LONGEST = 0.5  # root mean square of a row's relative step
 
 
+class Laws(NamedTuple):
+    """Mixtures of Gaussians, those of sources or one."""
+
+    log_weights: Float[Array, "*b m"]
+    mean: Float[Array, "*b m"]
+    log_variance: Float[Array, "*b m"]
+
+    def moments(self) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
+        """Mean and variance."""
+        weights = jax.nn.softmax(self.log_weights)
+        mean = jnp.sum(weights * self.mean, axis=-1)
+        apart = self.mean - mean[..., None]
+        return mean, jnp.sum(weights * (jnp.exp(self.log_variance) + apart**2), axis=-1)
+
+    def units_of(self, old: Self) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
+        """c and b for which c y + b has mean and variance of self where y has those of old."""
+        (mean, variance), (old_mean, old_variance) = self.moments(), old.moments()
+        unit = jnp.sqrt(variance / old_variance)
+        return unit, mean - unit * old_mean
+
+    def scaled(self, unit: Array, origin: Array) -> Self:
+        """The laws of c y + b."""
+        mean = unit[..., None] * self.mean + origin[..., None]
+        return self._replace(
+            mean=mean, log_variance=self.log_variance + 2 * jnp.log(unit)[..., None]
+        )
+
+
 class PartSums(NamedTuple):
     """Sums over the parts of each source, whitened by them."""
 
@@ -61,14 +91,24 @@ class PartSums(NamedTuple):
     first: Float[Array, "k d m"]
     second: Float[Array, "k d m"]
 
+    def reframed(self, new: Laws, old: Laws) -> Self:
+        """Sums about new laws in place of old ones."""
+        inverse = jnp.exp(-0.5 * new.log_variance)
+        ratio = jnp.exp(0.5 * old.log_variance) * inverse
+        shift = (old.mean - new.mean) * inverse
+        first, second = ratio * self.first, ratio**2 * self.second
+        second = second + shift * (2 * first + shift * self.count)
+        return self._replace(first=first + shift * self.count, second=second)
+
 
 class UnmixingSums(NamedTuple):
     unmixing: LocalQuadratic  # in δ: score (k, d, q); curvature in rows, without the determinant's
     sources: PartSums
+    pseudo: PartSums  # of the prior, whose values have mean and variance of the source
 
 
 def _of_each_source(parameter: Parameter) -> Parameter:
-    """A parameter of which each source has one number less: its mean, or variance, is no freedom."""
+    """A parameter of which each source has one number less: its mean or variance is held."""
     lost = parameter.constraint._replace(lost=lambda shape: shape[0])
     return dataclasses.replace(parameter, constraint=lost)
 
@@ -108,14 +148,12 @@ class AbstractUnmixing(AbstractFamily, AbstractWide, AbstractLocal):
     def _sources(self, x: Float[Array, "n d"]) -> Float[Array, "k d n"]:
         return la.matmul(self.unmixing, x.T - self.mean[:, :, None])
 
-    def _moments(self) -> tuple[Float[Array, "k d"], Float[Array, "k d"]]:
-        """Mean and variance of the sources."""
-        weights, mean = self.source_weights, jnp.sum(self.source_weights * self.source_mean, axis=2)
-        apart = self.source_mean - mean[:, :, None]
-        return mean, jnp.sum(weights * (self.source_variance + apart**2), axis=2)
+    def laws(self) -> Laws:
+        """The laws of the sources."""
+        return Laws(self.log_weights, self.source_mean, self.log_variance)
 
     def log_prob(self, x: Float[Array, "n d"], tilt: UnmixingSums) -> Float[Array, "n k"]:
-        quadratic, parts = tilt
+        quadratic, parts, _ = tilt
         y = self._sources(x)
         inputs = jnp.pad(y, ((0, 0), (1, 0), (0, 0)), constant_values=1)
         y = y + linear_tilt(quadratic.score, inputs)
@@ -129,8 +167,11 @@ class AbstractUnmixing(AbstractFamily, AbstractWide, AbstractLocal):
         score = jnp.sum(share * inverse * gap, axis=2)
         bend = jnp.sum(share * inverse**2 * (1 - gap**2), axis=2) + score**2
         rows = jnp.diagonal(quadratic.curvature.matrix, axis1=2, axis2=3)
-        bend = bend + (_ADDED / self._moments()[1])[:, :, None]
-        tilted = bend * linear_tilt(rows, inputs**2)
+        bend = bend + (_ADDED / self.laws().moments()[1])[:, :, None]
+        of_parts = jnp.sum(share * inverse**2, axis=2)
+        own, square_of = _scale_or_level(rows.shape[1]), inputs**2
+        tilted = bend * linear_tilt(jnp.where(own, 0, rows), square_of)
+        tilted = tilted + of_parts * linear_tilt(jnp.where(own, rows, 0), square_of)
         trace = jnp.trace(quadratic.score[:, :, 1:], axis1=1, axis2=2)
         constant = la.inverse_and_log_det(self.unmixing)[1] + quadratic.count + trace
         return (la.repeat(constant, len(x)) + jnp.sum(log_source + tilted, axis=1)).T
@@ -156,7 +197,7 @@ class AbstractUnmixing(AbstractFamily, AbstractWide, AbstractLocal):
         one, rows = jnp.ones((), zeros.dtype), zeros[:, :, 0]
         none = jnp.zeros_like(self.log_variance)
         parts = PartSums(self._log_norm(), none, none - 0.5)
-        return UnmixingSums(LocalQuadratic(one, rows[:, 0, 0], rows, Blocks(zeros)), parts)
+        return UnmixingSums(LocalQuadratic(one, rows[:, 0, 0], rows, Blocks(zeros)), parts, parts)
 
     def reframe(self, sums: UnmixingSums, old: Self) -> UnmixingSums:
         step = la.matmul(self.unmixing - old.unmixing, la.inverse_and_log_det(old.unmixing)[0])
@@ -171,53 +212,68 @@ class AbstractUnmixing(AbstractFamily, AbstractWide, AbstractLocal):
         own = sums.unmixing.count[:, None, None] * jnp.eye(rows, columns, 1, step.dtype)
         score = moved.score - la.apply(change[:, None], own)
         moved = moved._replace(value=moved.value + rise, score=score)
-        count, first, second = sums.sources
-        ratio = jnp.exp(0.5 * (old.log_variance - self.log_variance))
-        move = (old.source_mean - self.source_mean) * jnp.exp(-0.5 * self.log_variance)
-        first = ratio * first
-        second = ratio**2 * second + move * (2 * first + move * count)
-        return UnmixingSums(moved, PartSums(count, first + move * count, second))
+        new, before = self.laws(), old.laws()
+        unit, origin = new.units_of(before)
+        pseudo = sums.pseudo.reframed(new, before.scaled(unit, origin))
+        rise = jnp.sum(pseudo.count * jnp.log(unit)[:, :, None])
+        moved = moved._replace(value=moved.value + rise)
+        return UnmixingSums(moved, sums.sources.reframed(new, before), pseudo)
 
     def m_step(self, sums: UnmixingSums) -> Self:
         step = self._step(sums.unmixing)
         unmixing = self.unmixing + la.matmul(step[:, :, 1:], self.unmixing)
         shift = la.apply(la.inverse_and_log_det(unmixing)[0], step[:, :, 0])
-        new = self._with_sources(sums.sources)
+        new = self._with_sources(sums)
         return update(new, unmixing=unmixing, mean=self.mean - shift)
 
-    def _with_sources(self, sums: PartSums) -> Self:
-        """The M-step of the sources; where they are free, about their mean, in units of old."""
-        names = "source_weights", "source_mean", "source_variance"
-        free = {name: self.free(name)[:, None, None] for name in names}
-        count, first, second = sums
+    def _with_sources(self, sums: UnmixingSums) -> Self:
+        """The M-step of the sources; scale and level are those of W and μ where these move."""
+        old, free = self.laws(), {name: self.free(name)[:, None, None] for name in self.parameters}
+        both = jax.tree.map(jnp.add, sums.sources, sums.pseudo)
+        start, seen = self._closed_form(both, free), both.count > 0
+        moves = [free[name] & seen for name in ("source_weights", "source_mean", "source_variance")]
+        total = jnp.sum(both.count, axis=2)
+        args = old, sums.sources, sums.pseudo, jnp.where(total > 0, total, 1)
+        theta, moves = (jnp.concatenate(list(parts), axis=2) for parts in (start, moves))
+
+        def best(theta: Array, args: Any, moves: Array) -> Array:
+            return maximize_by_newton(_mean_log_prob, theta, args, free=moves)
+
+        theta = jax.vmap(jax.vmap(best))(theta, args, moves)
+        found = Laws(*jnp.split(theta, 3, axis=2))
+        unit, origin = old.units_of(found)
+        unit = jnp.where(
+            (free["source_mean"] & free["source_variance"] & free["unmixing"])[:, 0], unit, 1
+        )
+        origin = old.moments()[0] - unit * found.moments()[0]
+        origin = jnp.where((free["source_mean"] & free["mean"])[:, 0], origin, 0)
+        new = found.scaled(unit, origin)
+        return update(
+            self,
+            log_weights=new.log_weights,
+            source_mean=new.mean,
+            log_variance=self.parameters["source_variance"].within(new.log_variance),
+        )
+
+    def _closed_form(self, sums: PartSums, free: dict[str, np.ndarray]) -> Laws:
+        """The laws of sums that are not scaled with them, where they are free."""
+        (count, first, second), old = sums, self.laws()
         move = divide(first, count) * free["source_mean"]
         spread = divide(second, count) + move * (move - 2 * divide(first, count))
-        log_variance = self.log_variance + la.floored_log(jnp.where(count > 0, spread, 1))
+        growth = la.floored_log(jnp.where(count > 0, spread, 1)) * free["source_variance"]
         whole = jnp.sum(count, axis=2, keepdims=True)
-        log_weights = jnp.where(whole > 0, la.floored_log(divide(count, whole)), self.log_weights)
-        new = update(
-            self,
-            log_weights=log_weights,
-            source_mean=self.source_mean + jnp.exp(0.5 * self.log_variance) * move,
-            log_variance=self.parameters["source_variance"].within(log_variance),
-        )
-        (mean, variance), (now, spread) = self._moments(), new._moments()
-        ratio = (variance / spread)[:, :, None]
-        back = (new.source_mean - now[:, :, None]) * jnp.sqrt(ratio) + mean[:, :, None]
-        whole = np.logical_and.reduce(list(free.values()))
-        return update(
-            new,
-            source_mean=jnp.where(whole, back, new.source_mean),
-            log_variance=new.log_variance + jnp.where(whole, jnp.log(ratio), 0),
-        )
+        shares = la.floored_log(divide(count, whole))
+        log_weights = jnp.where(free["source_weights"] & (whole > 0), shares, old.log_weights)
+        mean = old.mean + jnp.exp(0.5 * old.log_variance) * move
+        return Laws(log_weights, mean, old.log_variance + growth)
 
     def _step(self, quadratic: LocalQuadratic) -> Float[Array, "k d q"]:
         """δ, within what is free."""
-        n, variance = quadratic.count[:, None, None], self._moments()[1]
+        n, variance = quadratic.count[:, None, None], self.laws().moments()[1]
         inputs = jnp.pad(variance, ((0, 0), (1, 0)), constant_values=1)
         gaussian = n * inputs[:, None, :] / variance[:, :, None]
         bend = jnp.diagonal(quadratic.curvature.matrix, axis1=2, axis2=3)
-        bend = jnp.maximum(bend, _LEAST * gaussian)
+        bend = jnp.where(_scale_or_level(bend.shape[1]), bend, jnp.maximum(bend, _LEAST * gaussian))
         level = divide(quadratic.score[:, :, :1], bend[:, :, :1])
         score, bend, gaussian = quadratic.score[:, :, 1:], bend[:, :, 1:], gaussian[:, :, 1:]
         other = la.transpose(bend)
@@ -231,7 +287,9 @@ class AbstractUnmixing(AbstractFamily, AbstractWide, AbstractLocal):
     def prior(self, count: ArrayLike = 0.0, **law: ArrayLike) -> Framed:
         """As if `count` values of each source, of the law given, had been seen; W and μ have none.
 
-        It keeps parts from narrowing without end, as those of a source with few values do.
+        They are scaled and shifted to the mean and the variance of the source, so that the prior is
+        one of its shape. It keeps parts from narrowing without end, as those of a source with few
+        different values do.
 
         **Arguments:** `count` ≥ 0, one or (k,); `source_weights`, `source_mean`,
         `source_variance`, the present ones by default.
@@ -242,13 +300,32 @@ class AbstractUnmixing(AbstractFamily, AbstractWide, AbstractLocal):
         each = pseudo_count("count", count, self.log_weights[:, 0, 0])[:, None, None]
         share = each * own.source_weights
         seen = PartSums(share, jnp.zeros_like(share), share)
-        return Framed(self.tilt()._replace(sources=seen), own)
+        return Framed(self.tilt()._replace(pseudo=seen), own)
 
     def degenerate(self, sums: UnmixingSums) -> Int[Array, " k"]:
         new, few = self.m_step(sums), sums.unmixing.count < self.unmixing.shape[1] + 1
-        share = divide(new.source_variance, new._moments()[1][:, :, None])
+        share = divide(new.source_variance, new.laws().moments()[1][:, :, None])
         thin = jnp.any((share < self.min_spread) & (sums.sources.count > 0), axis=(1, 2))
         return caused(few_observations=few, no_variance=thin & self.free("source_variance"))
+
+
+def _mean_log_prob(theta: Float[Array, " p"], args: Any) -> Float[Array, ""]:
+    """Of values and pseudo-values, under one law: what the M-step of a source maximises."""
+    (old, seen, pseudo, total), (logits, mean, log_variance) = args, jnp.split(theta, 3)
+    top = jax.nn.logsumexp(logits)
+    new = Laws(logits - top, mean, log_variance)
+    unit, origin = new.units_of(old)
+    seen = seen.reframed(new, old)
+    pseudo = pseudo.reframed(new, old.scaled(unit, origin))
+    count, _, second = jax.tree.map(jnp.add, seen, pseudo)
+    value = jnp.sum(count * (new.log_weights - 0.5 * log_variance) - 0.5 * second)
+    value = value + jnp.sum(pseudo.count) * jnp.log(unit)
+    return value / total - 0.5 * top**2
+
+
+def _scale_or_level(d: int) -> np.ndarray:
+    """Which entries of (d, 1 + d) relative steps scale or shift a source, and mix none."""
+    return np.concatenate([np.ones((d, 1), bool), np.eye(d, dtype=bool)], axis=1)
 
 
 def _log_det_beyond_trace(step: Float[Array, "k d d"]) -> Float[Array, " k"]:
