@@ -42,12 +42,12 @@ def climbed(
         (start, args), (_, moves) = primals, tangents
         found = maximum(start, args)
         _, push = jax.linearize(lambda at: jax.grad(function)(at, args), found)
-        slope = jax.jvp(lambda args: jax.grad(function)(found, args), (args,), (moves,))
+        slope, change = jax.jvp(lambda args: jax.grad(function)(found, args), (args,), (moves,))
 
         def step(slope: Array) -> Array:
             return _newton(slope, push, *scale(found, args))
 
-        return found, jax.jvp(step, *((part,) for part in slope))[1]
+        return found, jax.jvp(step, (slope,), (change,))[1]
 
     return maximum(lax.stop_gradient(start), args)
 
