@@ -95,7 +95,7 @@ class ICA(AbstractUnmixing, AbstractStarting):
         Sources whose kurtosis is farthest from a Gaussian's come first; a skew one has its long
         tail above.
         """
-        mean, variance = self.laws().moments()
+        mean, variance = self._laws().moments()
         skewness, kurtosis = self._shape()
         order = jnp.argsort(-jnp.abs(kurtosis), axis=1)[:, :, None]
         scale = (jnp.where(skewness < 0, -1, 1) / jnp.sqrt(variance))[:, :, None]
@@ -114,7 +114,7 @@ class ICA(AbstractUnmixing, AbstractStarting):
 
     def _shape(self) -> tuple[Float[Array, "k d"], Float[Array, "k d"]]:
         """Skewness and excess kurtosis of the sources."""
-        mean, variance = self.laws().moments()
+        mean, variance = self._laws().moments()
         apart, v = self.source_mean - mean[:, :, None], self.source_variance
         third = jnp.sum(self.source_weights * (apart**3 + 3 * apart * v), axis=2)
         fourth = jnp.sum(self.source_weights * (apart**4 + 6 * apart**2 * v + 3 * v**2), axis=2)

@@ -148,7 +148,7 @@ class AbstractUnmixing(AbstractFamily, AbstractWide, AbstractLocal):
     def _sources(self, x: Float[Array, "n d"]) -> Float[Array, "k d n"]:
         return la.matmul(self.unmixing, x.T - self.mean[:, :, None])
 
-    def laws(self) -> Laws:
+    def _laws(self) -> Laws:
         """The laws of the sources."""
         return Laws(self.log_weights, self.source_mean, self.log_variance)
 
@@ -167,7 +167,7 @@ class AbstractUnmixing(AbstractFamily, AbstractWide, AbstractLocal):
         score = jnp.sum(share * inverse * gap, axis=2)
         bend = jnp.sum(share * inverse**2 * (1 - gap**2), axis=2) + score**2
         rows = jnp.diagonal(quadratic.curvature.matrix, axis1=2, axis2=3)
-        bend = bend + (_ADDED / self.laws().moments()[1])[:, :, None]
+        bend = bend + (_ADDED / self._laws().moments()[1])[:, :, None]
         of_parts = jnp.sum(share * inverse**2, axis=2)
         own, square_of = _scale_or_level(rows.shape[1]), inputs**2
         tilted = bend * linear_tilt(jnp.where(own, 0, rows), square_of)
@@ -212,7 +212,7 @@ class AbstractUnmixing(AbstractFamily, AbstractWide, AbstractLocal):
         own = sums.unmixing.count[:, None, None] * jnp.eye(rows, columns, 1, step.dtype)
         score = moved.score - la.apply(change[:, None], own)
         moved = moved._replace(value=moved.value + rise, score=score)
-        new, before = self.laws(), old.laws()
+        new, before = self._laws(), old._laws()
         unit, origin = new.units_of(before)
         pseudo = sums.pseudo.reframed(new, before.scaled(unit, origin))
         rise = jnp.sum(pseudo.count * jnp.log(unit)[:, :, None])
@@ -228,7 +228,7 @@ class AbstractUnmixing(AbstractFamily, AbstractWide, AbstractLocal):
 
     def _with_sources(self, sums: UnmixingSums) -> Self:
         """The M-step of the sources; scale and level are those of W and μ where these move."""
-        old, free = self.laws(), {name: self.free(name)[:, None, None] for name in self.parameters}
+        old, free = self._laws(), {name: self.free(name)[:, None, None] for name in self.parameters}
         both = jax.tree.map(jnp.add, sums.sources, sums.pseudo)
         start, seen = self._closed_form(both, free), both.count > 0
         moves = [free[name] & seen for name in ("source_weights", "source_mean", "source_variance")]
@@ -257,7 +257,7 @@ class AbstractUnmixing(AbstractFamily, AbstractWide, AbstractLocal):
 
     def _closed_form(self, sums: PartSums, free: dict[str, np.ndarray]) -> Laws:
         """The laws of sums that are not scaled with them, where they are free."""
-        (count, first, second), old = sums, self.laws()
+        (count, first, second), old = sums, self._laws()
         move = divide(first, count) * free["source_mean"]
         spread = divide(second, count) + move * (move - 2 * divide(first, count))
         growth = la.floored_log(jnp.where(count > 0, spread, 1)) * free["source_variance"]
@@ -269,7 +269,7 @@ class AbstractUnmixing(AbstractFamily, AbstractWide, AbstractLocal):
 
     def _step(self, quadratic: LocalQuadratic) -> Float[Array, "k d q"]:
         """δ, within what is free."""
-        n, variance = quadratic.count[:, None, None], self.laws().moments()[1]
+        n, variance = quadratic.count[:, None, None], self._laws().moments()[1]
         inputs = jnp.pad(variance, ((0, 0), (1, 0)), constant_values=1)
         gaussian = n * inputs[:, None, :] / variance[:, :, None]
         bend = jnp.diagonal(quadratic.curvature.matrix, axis1=2, axis2=3)
@@ -304,7 +304,7 @@ class AbstractUnmixing(AbstractFamily, AbstractWide, AbstractLocal):
 
     def degenerate(self, sums: UnmixingSums) -> Int[Array, " k"]:
         new, few = self.m_step(sums), sums.unmixing.count < self.unmixing.shape[1] + 1
-        share = divide(new.source_variance, new.laws().moments()[1][:, :, None])
+        share = divide(new.source_variance, new._laws().moments()[1][:, :, None])
         thin = jnp.any((share < self.min_spread) & (sums.sources.count > 0), axis=(1, 2))
         return caused(few_observations=few, no_variance=thin & self.free("source_variance"))
 
