@@ -45,60 +45,15 @@ from jaxem._core.newton import maximize_by_newton
 from jaxem._core.numerics import divide, pseudo_count
 from jaxem._core.parameters import update
 from jaxem._core.quadratic import AbstractLocal, Blocks, LocalQuadratic, linear_tilt, shortened
-from jaxem._core.scales import HALF_LOG_2PI
 from jaxem._core.statistics import Framed
 from jaxem._core.supports import reals
 from jaxem.emissions._base import AbstractWide
 from jaxem.emissions._family import AbstractFamily
+from jaxem.emissions._ica_sources import Laws, PartSums, densities, mean_log_prob
 
 # Curvature of a row, as shares of that of a Gaussian source: what is added, and the least there is
 _ADDED, _LEAST = 0.1, 1.02
 _LONGEST = 0.5  # root mean square of a row's relative step
-
-
-class Laws(NamedTuple):
-    """Mixtures of Gaussians, those of sources or one."""
-
-    log_weights: Float[Array, "*b m"]
-    mean: Float[Array, "*b m"]
-    log_variance: Float[Array, "*b m"]
-
-    def moments(self) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
-        """Mean and variance."""
-        weights = jax.nn.softmax(self.log_weights)
-        mean = jnp.sum(weights * self.mean, axis=-1)
-        apart = self.mean - mean[..., None]
-        return mean, jnp.sum(weights * (jnp.exp(self.log_variance) + apart**2), axis=-1)
-
-    def units_of(self, old: Self) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
-        """c and b for which c y + b has mean and variance of self where y has those of old."""
-        (mean, variance), (old_mean, old_variance) = self.moments(), old.moments()
-        unit = jnp.sqrt(variance / old_variance)
-        return unit, mean - unit * old_mean
-
-    def scaled(self, unit: Array, origin: Array) -> Self:
-        """The laws of c y + b."""
-        mean = unit[..., None] * self.mean + origin[..., None]
-        return self._replace(
-            mean=mean, log_variance=self.log_variance + 2 * jnp.log(unit)[..., None]
-        )
-
-
-class PartSums(NamedTuple):
-    """Sums over the parts of each source, whitened by them."""
-
-    count: Float[Array, "k d m"]
-    first: Float[Array, "k d m"]
-    second: Float[Array, "k d m"]
-
-    def reframed(self, new: Laws, old: Laws) -> Self:
-        """Sums about new laws in place of old ones."""
-        inverse = jnp.exp(-0.5 * new.log_variance)
-        ratio = jnp.exp(0.5 * old.log_variance) * inverse
-        shift = (old.mean - new.mean) * inverse
-        first, second = ratio * self.first, ratio**2 * self.second
-        second = second + shift * (2 * first + shift * self.count)
-        return self._replace(first=first + shift * self.count, second=second)
 
 
 class UnmixingSums(NamedTuple):
@@ -157,27 +112,16 @@ class AbstractUnmixing(AbstractFamily, AbstractWide, AbstractLocal):
         y = self._sources(x)
         inputs = jnp.pad(y, ((0, 0), (1, 0), (0, 0)), constant_values=1)
         y = y + linear_tilt(quadratic.score, inputs)
-        inverse = jnp.exp(-0.5 * self.log_variance)[..., None]
-        gap = inverse * (y[:, :, None] - self.source_mean[..., None])
-        log_norm = self._log_norm() + parts.count
-        linear, square = parts.first[..., None], parts.second[..., None] - 0.5
-        joint = log_norm[..., None] + gap * (linear + gap * square)
-        log_source = jax.nn.logsumexp(joint, axis=2)
-        share = jnp.exp(joint - log_source[:, :, None])
-        score = jnp.sum(share * inverse * gap, axis=2)
-        bend = jnp.sum(share * inverse**2 * (1 - gap**2), axis=2) + score**2
+        log_source, score, bend, of_parts = densities(y, self._laws(), parts)
+        bend = bend + score**2
         rows = jnp.diagonal(quadratic.curvature.matrix, axis1=2, axis2=3)
         bend = bend + (_ADDED / self._laws().moments()[1])[:, :, None]
-        of_parts = jnp.sum(share * inverse**2, axis=2)
         own, square_of = _scale_or_level(rows.shape[1]), inputs**2
         tilted = bend * linear_tilt(jnp.where(own, 0, rows), square_of)
         tilted = tilted + of_parts * linear_tilt(jnp.where(own, rows, 0), square_of)
         trace = jnp.trace(quadratic.score[:, :, 1:], axis1=1, axis2=2)
         constant = la.inverse_and_log_det(self.unmixing)[1] + quadratic.count + trace
         return (la.repeat(constant, len(x)) + jnp.sum(log_source + tilted, axis=1)).T
-
-    def _log_norm(self) -> Float[Array, "k d m"]:
-        return jax.nn.log_softmax(self.log_weights) - 0.5 * self.log_variance - HALF_LOG_2PI
 
     def sample(self, key: Array, z: Int[Array, " n"]) -> Float[Array, "n d"]:
         part_key, key = jax.random.split(key)
@@ -196,7 +140,7 @@ class AbstractUnmixing(AbstractFamily, AbstractWide, AbstractLocal):
         zeros = jnp.zeros((k, d, 1 + d, 1 + d), self.unmixing.dtype)
         one, rows = jnp.ones((), zeros.dtype), zeros[:, :, 0]
         none = jnp.zeros_like(self.log_variance)
-        parts = PartSums(self._log_norm(), none, none - 0.5)
+        parts = PartSums(self._laws().log_norm(), none, none - 0.5)
         return UnmixingSums(LocalQuadratic(one, rows[:, 0, 0], rows, Blocks(zeros)), parts, parts)
 
     def reframe(self, sums: UnmixingSums, old: Self) -> UnmixingSums:
@@ -237,7 +181,7 @@ class AbstractUnmixing(AbstractFamily, AbstractWide, AbstractLocal):
         theta, moves = (jnp.concatenate(list(parts), axis=2) for parts in (start, moves))
 
         def best(theta: Array, args: Any, moves: Array) -> Array:
-            return maximize_by_newton(_mean_log_prob, theta, args, free=moves)
+            return maximize_by_newton(mean_log_prob, theta, args, free=moves)
 
         theta = jax.vmap(jax.vmap(best))(theta, args, moves)
         found = Laws(*jnp.split(theta, 3, axis=2))
@@ -307,20 +251,6 @@ class AbstractUnmixing(AbstractFamily, AbstractWide, AbstractLocal):
         share = divide(new.source_variance, new._laws().moments()[1][:, :, None])
         thin = jnp.any((share < self.min_spread) & (sums.sources.count > 0), axis=(1, 2))
         return caused(few_observations=few, no_variance=thin & self.free("source_variance"))
-
-
-def _mean_log_prob(theta: Float[Array, " p"], args: Any) -> Float[Array, ""]:
-    """Of values and pseudo-values, under one law: what the M-step of a source maximises."""
-    (old, seen, pseudo, total), (logits, mean, log_variance) = args, jnp.split(theta, 3)
-    top = jax.nn.logsumexp(logits)
-    new = Laws(logits - top, mean, log_variance)
-    unit, origin = new.units_of(old)
-    seen = seen.reframed(new, old)
-    pseudo = pseudo.reframed(new, old.scaled(unit, origin))
-    count, _, second = jax.tree.map(jnp.add, seen, pseudo)
-    value = jnp.sum(count * (new.log_weights - 0.5 * log_variance) - 0.5 * second)
-    value = value + jnp.sum(pseudo.count) * jnp.log(unit)
-    return value / total - 0.5 * top**2
 
 
 def _scale_or_level(d: int) -> np.ndarray:
