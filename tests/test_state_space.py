@@ -185,6 +185,64 @@ def test_singular_noise_and_a_known_start_need_no_special_case():
     np.testing.assert_allclose(jnp.sum(found, axis=1), own, rtol=1e-6)
 
 
+def seen_autoregression(below=1.0):
+    """An autoregression of order 2 in companion form, from a known state, seen with noise."""
+    model = LinearGaussianSSM(
+        Gaussian([[0.0, 0.0]], np.zeros((1, 2, 2))),
+        LinearRegression(
+            jnp.array([[[0.5, -0.3], [below, 0.0]]]),
+            [[0.0, 0.0]],
+            [np.diag([1.0, 0.0])],
+            diagonal=True,
+        ),
+        LinearRegression([[[1.0, 0.0]]], [[0.0]], [[[0.5]]]),
+    )
+    known = ("initial", "dynamics.intercept", "emission.coefficients", "emission.intercept")
+    model = jaxem.freeze(model, *known)
+    model = jaxem.freeze(model, "dynamics.coefficients", mask=[[False, False], [True, True]])
+    return jaxem.freeze(model, "dynamics.covariance", mask=[False, True])
+
+
+def test_known_elements_and_states_without_noise():
+    y, _ = seen_autoregression().sample(jax.random.key(0), 5, 60)
+
+    def fitted(below):
+        return jaxem.fit(seen_autoregression(below), y, jaxem.SQUAREM(), tol=1e-12)
+
+    def numbers(below):
+        model = fitted(below).model
+        variances = model.dynamics.covariance[0, 0, 0], model.emission.covariance[0, 0, 0]
+        return jnp.append(model.dynamics.coefficients[0, 0], jnp.stack(variances))
+
+    solution = fitted(1.0)
+    assert solution.converged and solution.model.num_free_parameters == 4
+    score = jax.grad(lambda model: jnp.sum(model.log_prob(y)))(solution.model)
+    np.testing.assert_allclose(score.dynamics.coefficients[0, 0], 0, atol=1e-8)
+    np.testing.assert_allclose(score.dynamics.structure.log_scale, 0, atol=1e-8)
+    between = (numbers(1.0 + 1e-4) - numbers(1.0 - 1e-4)) / 2e-4
+    slopes = jax.jacrev(numbers)(1.0)
+    np.testing.assert_allclose(slopes, between, atol=1e-6)
+    covariance = jaxem.inference.observed_information(solution, y).covariance()
+    frozen = covariance.frozen["dynamics"]
+    np.testing.assert_array_equal(frozen["coefficients"][0], [[False, False], [True, True]])
+    np.testing.assert_array_equal(jnp.diagonal(frozen["covariance"][0]), [False, True])
+    assert covariance.proper and jnp.all(covariance.standard_errors["dynamics"]["coefficients"] < 1)
+
+
+def test_what_cannot_move_without_variance_is_degenerate():
+    model = seen_autoregression()
+    y, _ = model.sample(jax.random.key(0), 5, 60)
+    statistics, _ = model.e_step(y)
+    causes = jaxem.em.CAUSES
+    assert model.degenerate(statistics) == causes.none
+    for name in ("initial.mean", "dynamics.coefficients", "initial.covariance"):
+        assert jaxem.unfreeze(model, name).degenerate(statistics) == causes.no_variance
+    with pytest.raises(ValueError, match="an output without noise takes a small one"):
+        LinearGaussianSSM(
+            model.initial, model.dynamics, LinearRegression([[[1.0, 0.0]]], [[0.0]], [[[0.0]]])
+        )
+
+
 def test_covariances_that_settle_are_those_of_every_step():
     """Of complete sequences they are found once, and no more where they repeat themselves."""
     rng = np.random.default_rng(3)
