@@ -41,6 +41,7 @@ PACKAGES = (
     "hmmlearn",
     "dynamax",
     "pykalman",
+    "python-picard",
 )
 TINY = "--tiny" in sys.argv
 Section = Callable[[], Iterator[tuple[str, dict[str, int], dict[str, Any]]]]

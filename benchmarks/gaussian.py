@@ -1,7 +1,8 @@
 """Continuous latents: `python -m benchmarks.gaussian [section …] [--tiny]`.
 
-Sections: state_space, missing, sequences, factors, wide, mixture (default: all). Ten EM steps from
-one start for each contender, compilation apart; factor analysis to one log-likelihood.
+Sections: state_space, missing, sequences, factors, wide, mixture, ica (default: all). Ten EM steps
+from one start for each contender, compilation apart; factor analysis to one log-likelihood;
+independent components to one distance from the truth.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 
 import jaxem
 from benchmarks._common import PEAK, dynamax_steps, interleave, main, pinned, python, size
-from jaxem.emissions import FactorAnalysis, Gaussian, LinearRegression
+from jaxem.emissions import ICA, FactorAnalysis, Gaussian, LinearRegression
 
 STEPS, STATES, OUTPUTS = 10, 4, 8
 
@@ -204,5 +205,49 @@ def mixture() -> Iterator[Any]:
     yield "E-step of a mixture of factor analysers", {"N": int(n), "D": 100, "Q": 5, "K": 10}, rows
 
 
+# Independent components
+
+
+def amari(matrix: np.ndarray) -> float:
+    """How far a matrix is from a scaled permutation, 0 to 1 (Amari, Cichocki & Yang 1996)."""
+    square, n = np.abs(matrix), len(matrix)
+    rows = np.sum(square / square.max(axis=1, keepdims=True)) - n
+    columns = np.sum(square / square.max(axis=0, keepdims=True)) - n
+    return (rows + columns) / (2 * n * (n - 1))
+
+
+def ica() -> Iterator[Any]:
+    """The time to picard's distance: as many steps, in tens, as jaxem needs to be no farther."""
+    from picard import picard  # a peer, not a dependency
+
+    n, d = size(100_000, 2_000), size(20, 4)
+    rng = np.random.default_rng(0)
+    halves = rng.laplace(size=(n, d // 2)), rng.uniform(-1, 1, size=(n, d - d // 2))
+    sources, mixing = np.concatenate(halves, axis=1), rng.normal(size=(d, d))
+    x = (sources / sources.std(axis=0) @ mixing.T).astype(np.float32)
+
+    def peer(ortho: bool) -> np.ndarray:
+        turn, unmixing, _ = picard(
+            x.T, ortho=ortho, extended=True, tol=1e-6, max_iter=500, random_state=0
+        )
+        return unmixing @ turn
+
+    data, start = jnp.asarray(x), ICA.init(jax.random.key(0), jnp.asarray(x))
+
+    def run(steps: int) -> Any:
+        found = jaxem.fit(start, data, tol=0.0, max_steps=steps, throw=False)
+        return found.model.unmixing[0]
+
+    goal = min(amari(peer(ortho) @ mixing) for ortho in (False, True))
+    reached = ((s, amari(np.asarray(run(s)) @ mixing)) for s in range(10, 510, 10))
+    steps, distance = next(pair for pair in reached if pair[1] <= goal)
+    contenders = {"jaxem": functools.partial(run, steps)}
+    contenders |= pinned("picard", functools.partial(peer, False))
+    contenders |= pinned("picard-o", functools.partial(peer, True))
+    rows = interleave(contenders, runs=3)
+    rows |= {"jaxem's steps": steps, "its Amari distance": distance, "picard's": goal}
+    yield "independent components, float32", {"N": n, "D": d, "parts": 3}, rows
+
+
 if __name__ == "__main__":
-    main("gaussian", state_space, missing, sequences, factors, wide, mixture)
+    main("gaussian", state_space, missing, sequences, factors, wide, mixture, ica)

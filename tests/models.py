@@ -439,6 +439,20 @@ CASES: dict[str, Entry] = {
             lambda c: c.prior({"loadings": 1.5, "noise_variance": 4.0}, noise_variance=0.7),
         ),
     ),
+    "ica": _entry(
+        "mixture",
+        lambda: _case(
+            jaxem.emissions.ICA(
+                MEAN,
+                [[[0.8, 0.3], [0.2, 0.9]], [[0.9, 0.0], [-0.4, 0.7]]],
+                np.full((2, 2, 2), [0.4, 0.6]),
+                np.full((2, 2, 2), [-0.5, 0.6]),
+                np.full((2, 2, 2), [0.5, 0.9]),
+            ),
+            POINTS,
+            lambda c: c.prior(3.0, source_variance=0.7),
+        ),
+    ),
     "ppca-tied": _entry(
         "mixture",
         lambda: _case(

@@ -199,3 +199,16 @@ def test_a_stochastic_algorithm_has_no_implicit_derivative():
     assert jnp.isfinite(value(jnp.ones(48)))
     with pytest.raises(ValueError, match="deterministic algorithm"):
         jax.grad(value)(jnp.ones(48))
+
+
+def test_what_is_not_finite_is_no_derivative_of_zero():
+    """A cotangent that is NaN gives NaN; 0 of a fit that has none gives 0."""
+    model, data, *_ = CASES["poisson"]()
+    weight = jnp.ones(len(data))
+
+    def fitted(weight):
+        return jaxem.fit(model, data, sample_weight=weight, max_steps=20).model.weights[0]
+
+    pull = jax.jit(lambda g: jax.vjp(fitted, weight)[1](g)[0])
+    assert np.all(np.isnan(pull(jnp.nan)))
+    assert np.all(np.asarray(pull(0.0)) == 0) and np.all(np.isfinite(pull(1.0)))

@@ -248,3 +248,12 @@ def test_nile(run, tmp_path):
     inside = int(re.search(r"band: (\d+) of 20", text).group(1))
     assert 16 <= inside <= 20
     assert np.asarray(Image.open(tmp_path / "out.png").convert("L"), dtype=float).std() > 10
+
+
+def test_unmixing(run, tmp_path):
+    text = run("unmixing.py", "out.png")
+    found = re.findall(r"^(sine|square|saw) +source (\d), correlation (\S+)$", text, re.M)
+    assert sorted(int(source) for _, source, _ in found) == [1, 2, 3]
+    assert all(float(correlation) > 0.99 for *_, correlation in found)
+    assert number("in a source:", text) < 0.1
+    assert np.asarray(Image.open(tmp_path / "out.png").convert("L"), dtype=float).std() > 10

@@ -743,3 +743,62 @@ def test_autoregression_is_recovered():
     np.testing.assert_allclose(np.diag(model.transition.matrix), 0.95, atol=0.03)
     states = np.argsort(order)[np.asarray(model.viterbi(data)[0])]
     assert np.mean(states == z[:, 1:]) > 0.9
+
+
+def two_lines(**settings):
+    """Two outputs on three inputs that lie far from 0, one coefficient of each known."""
+    rng = np.random.default_rng(6)
+    u = rng.normal(size=(200, 3)) @ rng.normal(size=(3, 3)) + [100.0, 5.0, -3.0]
+    y = u @ [[0.5, 0.1], [-0.2, 0.0], [0.3, 1.0]] + rng.normal(size=(200, 2)) * [1.0, 0.3]
+    known = [[[0.4, 0.0, 0.0], [0.0, 0.7, 0.0]]]
+    return jaxem.emissions.LinearRegression(
+        known, [[1.0, 2.0]], [np.diag([1.0, 4.0])], **settings
+    ), (u, y)
+
+
+KNOWN = np.array([[True, False, False], [False, True, False]])
+
+
+@pytest.mark.parametrize(("intercept", "free"), [(None, 7), ([True, False], 6), ([True, True], 5)])
+def test_single_elements_are_frozen(intercept, free):
+    """Of what is free the score is zero, and all else is as it was."""
+    model, data = two_lines(diagonal=True)
+    model = jaxem.freeze(model, "coefficients", mask=KNOWN)
+    model = jaxem.freeze(model, "covariance", mask=[[False, True]])
+    if intercept is not None:
+        model = jaxem.freeze(model, "intercept", mask=intercept)
+    assert model.num_free_parameters == free
+    solution = jaxem.fit(model, data)
+    assert solution.converged
+    fitted, (u, y) = solution.model, data
+    np.testing.assert_array_equal(fitted.coefficients[0][KNOWN], [0.4, 0.7])
+    np.testing.assert_allclose(fitted.covariance[0, 1, 1], 4.0, rtol=1e-15)
+    still = np.zeros(2, bool) if intercept is None else np.array(intercept)
+    np.testing.assert_array_equal(fitted.intercept[0][still], np.array([1.0, 2.0])[still])
+    for i in range(2):
+        left = y[:, i] - u @ fitted.coefficients[0, i] - fitted.intercept[0, i]
+        slopes = np.where(KNOWN[i], 0, left @ (u - np.mean(u, axis=0) * (not still[i])))
+        np.testing.assert_allclose(slopes, 0, atol=1e-8)
+        assert still[i] or abs(np.sum(left)) < 1e-9
+        if i == 0:
+            np.testing.assert_allclose(fitted.covariance[0, 0, 0], np.mean(left**2), rtol=1e-9)
+
+
+def test_masks_of_elements_are_shown_counted_and_refused():
+    model, data = two_lines()
+    with pytest.raises(ValueError, match="independent residuals: make it .*, or freeze them alike"):
+        jaxem.freeze(model, "coefficients", mask=KNOWN)
+    with pytest.raises(ValueError, match="elements of 'covariance' need independent residuals"):
+        jaxem.freeze(model, "covariance", mask=[True, False])
+    with pytest.raises(ValueError, match=r"or the shape \(1, 2, 3\) of single elements"):
+        jaxem.freeze(model, "coefficients", mask=[True, False])
+    with pytest.raises(ValueError, match="one for each component"):
+        jaxem.freeze(jaxem.emissions.Poisson([[1.0, 2.0]]), "rate", mask=[[True, False]])
+    column = jaxem.freeze(model, "coefficients", mask=[[False, True, False]] * 2)
+    assert column.num_free_parameters == 9
+    assert "frozen where [[[0, 1, 0], [0, 1, 0]]]" in repr(column)
+    (u, y), fitted = data, jaxem.fit(column, data).model
+    others = np.column_stack([u[:, [0, 2]], np.ones(200)])
+    own = np.linalg.lstsq(others, y - u[:, [1]] * [0.0, 0.7], rcond=None)[0]
+    np.testing.assert_allclose(fitted.coefficients[0][:, [0, 2]], own[:2].T, rtol=1e-8)
+    assert jaxem.freeze(model, "intercept", mask=[True, True]).frozen == (("intercept", None),)

@@ -1,5 +1,6 @@
 """Linear-Gaussian state-space models: published results, dense normal laws, missing entries."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,7 @@ from jax.scipy.stats import multivariate_normal
 from models import CASES
 
 import jaxem
-from jaxem import LinearGaussianSSM, Sequences
+from jaxem import LinearGaussianSSM, Sequences, models
 from jaxem.emissions import Gaussian, LinearRegression
 from jaxem.latents import kalman
 
@@ -185,6 +186,64 @@ def test_singular_noise_and_a_known_start_need_no_special_case():
     np.testing.assert_allclose(jnp.sum(found, axis=1), own, rtol=1e-6)
 
 
+def seen_autoregression(below=1.0):
+    """An autoregression of order 2 in companion form, from a known state, seen with noise."""
+    model = LinearGaussianSSM(
+        Gaussian([[0.0, 0.0]], np.zeros((1, 2, 2))),
+        LinearRegression(
+            jnp.array([[[0.5, -0.3], [below, 0.0]]]),
+            [[0.0, 0.0]],
+            [np.diag([1.0, 0.0])],
+            diagonal=True,
+        ),
+        LinearRegression([[[1.0, 0.0]]], [[0.0]], [[[0.5]]]),
+    )
+    known = ("initial", "dynamics.intercept", "emission.coefficients", "emission.intercept")
+    model = jaxem.freeze(model, *known)
+    model = jaxem.freeze(model, "dynamics.coefficients", mask=[[False, False], [True, True]])
+    return jaxem.freeze(model, "dynamics.covariance", mask=[False, True])
+
+
+def test_known_elements_and_states_without_noise():
+    y, _ = seen_autoregression().sample(jax.random.key(0), 5, 60)
+
+    def fitted(below):
+        return jaxem.fit(seen_autoregression(below), y, jaxem.SQUAREM(), tol=1e-12)
+
+    def numbers(below):
+        model = fitted(below).model
+        variances = model.dynamics.covariance[0, 0, 0], model.emission.covariance[0, 0, 0]
+        return jnp.append(model.dynamics.coefficients[0, 0], jnp.stack(variances))
+
+    solution = fitted(1.0)
+    assert solution.converged and solution.model.num_free_parameters == 4
+    score = jax.grad(lambda model: jnp.sum(model.log_prob(y)))(solution.model)
+    np.testing.assert_allclose(score.dynamics.coefficients[0, 0], 0, atol=1e-8)
+    np.testing.assert_allclose(score.dynamics.structure.log_scale, 0, atol=1e-8)
+    between = (numbers(1.0 + 1e-4) - numbers(1.0 - 1e-4)) / 2e-4
+    slopes = jax.jacrev(numbers)(1.0)
+    np.testing.assert_allclose(slopes, between, atol=1e-6)
+    covariance = jaxem.inference.observed_information(solution, y).covariance()
+    frozen = covariance.frozen["dynamics"]
+    np.testing.assert_array_equal(frozen["coefficients"][0], [[False, False], [True, True]])
+    np.testing.assert_array_equal(jnp.diagonal(frozen["covariance"][0]), [False, True])
+    assert covariance.proper and jnp.all(covariance.standard_errors["dynamics"]["coefficients"] < 1)
+
+
+def test_what_cannot_move_without_variance_is_degenerate():
+    model = seen_autoregression()
+    y, _ = model.sample(jax.random.key(0), 5, 60)
+    statistics, _ = model.e_step(y)
+    causes = jaxem.em.CAUSES
+    assert model.degenerate(statistics) == causes.none
+    for name in ("initial.mean", "dynamics.coefficients", "initial.covariance"):
+        assert jaxem.unfreeze(model, name).degenerate(statistics) == causes.no_variance
+    with pytest.raises(ValueError, match="an output without noise takes a small one"):
+        LinearGaussianSSM(
+            model.initial, model.dynamics, LinearRegression([[[1.0, 0.0]]], [[0.0]], [[[0.0]]])
+        )
+
+
 def test_covariances_that_settle_are_those_of_every_step():
     """Of complete sequences they are found once, and no more where they repeat themselves."""
     rng = np.random.default_rng(3)
@@ -260,6 +319,93 @@ def test_a_draw_is_fitted():
     error = z - states.mean
     scaled = jnp.linalg.solve(states.covariance, error[..., None])[..., 0] * error
     np.testing.assert_allclose(jnp.mean(jnp.sum(scaled, axis=2)), 2.0, rtol=0.05)
+
+
+WALKS = np.cumsum(np.random.default_rng(4).normal(size=(2, 16, 3)), axis=1) + 5
+WALK = WALKS[:, :, :1]
+NAMED = {
+    "level": (lambda: models.local_level(WALK), 2),
+    "trend": (lambda: models.local_linear_trend(WALK), 3),
+    "seasonal": (lambda: models.seasonal(4, WALK), 3),
+    "autoregressive": (lambda: models.autoregressive(3, WALK), 6),
+    "without noise": (lambda: models.autoregressive(2, WALK, noise=False), 4),
+    "factors": (lambda: models.dynamic_factors(3, 2, 2, WALKS), 19),
+    "of no data": (lambda: models.dynamic_factors(3, 2), 15),
+    "sum": (
+        lambda: models.sum_of(
+            models.local_level(WALK), models.seasonal(4), models.autoregressive(1)
+        ),
+        5,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_models_by_name_are_dense_normal_laws(name):
+    """From a start of variance 1: a dense law has no digits for a diffuse one."""
+    make, free = NAMED[name]
+    model = make()
+    assert model.num_free_parameters == free
+    start = model.initial.with_parameters(covariance=np.eye(model.num_states))
+    model = eqx.tree_at(lambda m: m.initial, model, start)
+    y = jnp.asarray(WALKS[:, :, : model.emission.intercept.shape[1]])
+    for one, found in zip(y, model.log_prob(y), strict=True):
+        *_, level, spread = dense(model, one)
+        own = multivariate_normal.logpdf(one.ravel(), level, spread)
+        np.testing.assert_allclose(found, own, rtol=1e-6 if name == "without noise" else 1e-10)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_nile_from_a_diffuse_start(dtype):
+    """The exact diffuse maximum of KFAS; of float32, with a start that is less wide."""
+    y = FLOW.astype(dtype)
+    solution = jaxem.fit(models.local_level(y), y, jaxem.SQUAREM())
+    assert solution.converged and solution.objective.dtype == dtype
+    model, close = solution.model, dtype == np.float64
+    np.testing.assert_allclose(
+        jnp.sum(model.one_step_log_prob(y)[:, 1:]), -632.54563, atol=1e-5 if close else 5e-3
+    )
+    variances = jnp.exp(log_variances(model))
+    np.testing.assert_allclose(variances, [15098.65, 1469.163], rtol=2e-5 if close else 1e-3)
+
+
+def test_an_unknown_first_level_is_an_intercept():
+    """As MARSS estimates it, which reports −637.609 where its EM stops."""
+    walk = models.local_level(FLOW)
+    model = LinearGaussianSSM(Gaussian([[0.0]], [[[0.0]]]), walk.dynamics, walk.emission)
+    model = jaxem.unfreeze(jaxem.freeze(model, "initial"), "emission.intercept")
+    solution = jaxem.fit(model, FLOW, jaxem.SQUAREM())
+    assert solution.converged
+    np.testing.assert_allclose(solution.objective, -637.603, atol=1e-3)
+
+
+def test_components_sum_to_the_outputs_without_noise():
+    """Also at first, where a wide start leaves open what is level and what is season."""
+    parts = models.local_linear_trend(WALK), models.seasonal(4, WALK)
+    model = models.sum_of(*parts)
+    trend, season = models.components(model, WALK, parts)
+    states, c = model.states(WALK), model.emission.coefficients[0]
+    np.testing.assert_allclose(trend.mean + season.mean, states.mean @ c.T, rtol=1e-10)
+    assert jnp.all(trend.covariance > 0) and jnp.all(season.covariance[:, 0] < 100)
+    with pytest.raises(ValueError, match=r"parts have \[2\] states, and the model 5"):
+        models.components(model, WALK, parts[:1])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: models.seasonal(1), "period, of seasonal, must be an integer ≥ 2"),
+        (lambda: models.dynamic_factors(2, 3), "3 factors need as many outputs, got 2"),
+        (lambda: models.local_level(WALKS), r"y must have shape \(b, t, 1\)"),
+        (lambda: models.local_level(np.ones((1, 9, 1))), "each output must vary"),
+        (lambda: models.sum_of(), "one model at least"),
+        (lambda: models.sum_of(models.local_level(), models.dynamic_factors(2, 1)), "same outputs"),
+        (lambda: models.sum_of(CASES["state-space"]().model), "first state of each component"),
+    ],
+)
+def test_wrong_arguments_of_models_by_name(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 @pytest.mark.parametrize(

@@ -147,8 +147,8 @@ def fits_of(problems, algorithm, max_steps):
 
 @functools.cache
 def slow_fits():
-    """100 random problems, and where EM ends."""
-    problems = [slow_mixture(seed) for seed in range(100)]
+    """40 random problems, and where EM ends."""
+    problems = [slow_mixture(seed) for seed in range(40)]
     problems = jax.tree.map(lambda *leaves: np.stack(leaves), *problems)
     return problems, fits_of(problems, EM(), 3000)
 
@@ -156,7 +156,7 @@ def slow_fits():
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ACCELERATORS, ids=lambda a: type(a).__name__)
 def test_accelerators_never_fall_and_end_no_lower(algorithm):
-    """100 random problems here; `python -m benchmarks.variants ascent` takes 1,000 of each."""
+    """40 random problems here; `python -m benchmarks.variants ascent` takes 1,000 of each."""
 
     problems, slow = slow_fits()
     fast = fits_of(problems, algorithm, 1000)

@@ -56,6 +56,8 @@ class Parameter:
     - `counted`: the fields of sums that are about this parameter alone, so that a prior may
       count them apart.
     - `broadcasts`: whether one value for all components will do.
+    - `elements(module, mask)`: why a mask of the leaf's shape cannot be frozen, or ""; None where
+      none can.
     """
 
     leaf: str
@@ -69,6 +71,7 @@ class Parameter:
     least_count: int | str = 0
     counted: tuple[str, ...] = ()
     broadcasts: bool = False
+    elements: Callable[[Any, np.ndarray], str] | None = None
 
     @property
     def is_log(self) -> bool:
@@ -81,8 +84,8 @@ class Parameter:
         return len({size for letter, size in sizes if letter == "k"}) != 1 or self.shape[0] != "k"
 
     def num_free_parameters(self, leaf: Array, free: np.ndarray) -> int:
-        """How many numbers the M-step moves, with one flag for each component."""
-        shape = leaf.shape[1:]
+        """How many numbers the M-step moves, with one flag for each component, or each number."""
+        shape = leaf.shape[free.ndim :]
         return int(np.sum(free)) * (math.prod(shape) - self.constraint.lost(shape))
 
     def checked(self, name: str, value: Array, sizes: dict[str, int]) -> Array:
@@ -94,6 +97,8 @@ class Parameter:
         if self.broadcasts and value.shape in ((), expected[1:]):
             value = jnp.broadcast_to(value, [s for s in expected if isinstance(s, int)])
         check_shape(name, value, expected)
+        first = dict(reversed(list(zip(self.shape, value.shape, strict=True))))
+        check_shape(name, value, tuple(first[letter] for letter in self.shape))
         sizes.update(zip(self.shape, value.shape, strict=True))
         valid, leaf = _leaf(self.constraint, value)
         check_values(valid, f"{name}{self.constraint.requirement}")

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import jax
 import numpy as np
 
 from jaxem._core.checks import name_of
 from jaxem._core.parameters import (
     Parametrized,
     inline,
-    leading_size,
     named_parameters,
     parameter_names,
     replace,
@@ -30,10 +30,12 @@ def freeze(model: _T, *names: str, mask: Sequence[bool] | np.ndarray | None = No
 
     - `names`: paths to parameters, such as `"weights"`, `"components.mean"` or
       `"components.parts.0.rate"`, or to a part, such as `"components"`, for all that it has.
-    - `mask`: one boolean per component, to freeze only some of them. Default: all.
+    - `mask`: one boolean per component, to freeze only some of them. Default: all. For
+      coefficients, intercepts and diagonal variances of a `LinearRegression`, a mask of their own
+      shape freezes single elements; where there is one component its axis may be left out.
 
-    **Raises:** `ValueError` for a name that is not a parameter, or a mask that does
-    not have one entry per component.
+    **Raises:** `ValueError` for a name that is not a parameter, a mask of another shape, or
+    elements that cannot be frozen apart.
 
     ```python
     model = jaxem.freeze(model, "components.variance")
@@ -102,13 +104,33 @@ def _changed(module: Any, path: list[str], name: str, mask: Any, release: bool =
             f"{parameter_names(module) if parametrized else []}."
         )
     if mask is not None:
-        mask = tuple(bool(entry) for entry in np.asarray(mask).reshape(-1))
-        size = leading_size(module, last)
-        shared = module.parameters[last].is_shared(module)
-        if len(mask) != size or shared:
-            raise ValueError(
-                f"freeze: the mask for {name!r} has {len(mask)} entries; expected one for each "
-                "component or state, and what is shared takes no mask."
-            )
+        mask = _checked(module, last, name, np.asarray(mask).astype(bool))
     others = tuple(entry for entry in module.frozen if entry[0] != last)
-    return replace(module, frozen=others if release else tuple(sorted((*others, (last, mask)))))
+    kept = others if release else sorted((*others, (last, mask)), key=lambda entry: entry[0])
+    return replace(module, frozen=tuple(kept))
+
+
+def _checked(module: Any, last: str, name: str, mask: np.ndarray) -> Any:
+    """A mask over components, or over elements of the leaf, as tuples; None if all is frozen."""
+    parameter = module.parameters[last]
+    leaf = jax.tree.leaves(getattr(module, parameter.leaf))[0]
+    expected = "one for each component or state"
+    if parameter.elements is not None:
+        expected += f", or the shape {leaf.shape} of single elements"
+        if mask.shape == leaf.shape[1:] and leaf.shape[0] == 1:
+            mask = mask[None]
+        if mask.shape == leaf.shape:
+            if refusal := parameter.elements(module, mask):
+                raise ValueError(f"freeze: elements of {name!r} {refusal}")
+            return None if mask.all() else _tuples(mask)
+    mask = mask.reshape(-1)
+    if len(mask) != leaf.shape[0] or parameter.is_shared(module):
+        raise ValueError(
+            f"freeze: the mask for {name!r} has {len(mask)} entries; expected {expected}, and what "
+            "is shared takes no mask."
+        )
+    return _tuples(mask)
+
+
+def _tuples(mask: np.ndarray) -> Any:
+    return bool(mask) if mask.ndim == 0 else tuple(map(_tuples, mask))

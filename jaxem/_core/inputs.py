@@ -32,7 +32,7 @@ from jaxtyping import Array, Bool, Float
 from jaxem._core import linalg as la
 from jaxem._core.blocks import weighted_mean, weighted_second_moments
 from jaxem._core.numerics import ROUNDINGS, divide
-from jaxem._core.parameters import free
+from jaxem._core.parameters import free, free_elements
 from jaxem._core.quadratic import LocalQuadratic, eliminated
 
 _PASSES = 2
@@ -184,6 +184,20 @@ class InputFrame(eqx.Module):
         level = jnp.where((~intercept & coefficients)[:, None], level, 0)
         own = jnp.asarray(rows[:, :, None] * np.eye(1 + p), level.dtype)
         return own + jnp.pad(level[:, :, None], ((0, 0), (1, 0), (0, p)))
+
+    def directions_of_elements(self, module: Any) -> Float[Array, "k d q q"]:
+        """Rows that span the coefficients that are free, where outputs differ in what is frozen.
+
+        Each is a coefficient of u, in units of what is left of the input, as `unresolved` is.
+        """
+        coefficients = free_elements(module, "coefficients")
+        intercept = free_elements(module, "intercept")[:, :, None]
+        rows = jnp.asarray(np.concatenate([intercept, coefficients], axis=2))
+        level = jnp.where(intercept, 0, (self._origin / self._scale)[:, None])
+        level = jnp.pad(level, ((0, 0), (0, 0), (1, 0)), constant_values=1)[..., None]
+        slopes = jnp.pad(self._factor() / self._scale[:, :, None], ((0, 0), (1, 0), (0, 0)))
+        slopes = jnp.broadcast_to(slopes[:, None], (*rows.shape, slopes.shape[2]))
+        return rows[..., None] * jnp.concatenate([level, slopes], axis=3)
 
 
 def _rounding(size: Array) -> Array:

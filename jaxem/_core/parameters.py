@@ -1,8 +1,9 @@
 """Modules whose parameters have names, and what follows from that for every one of them.
 
 A module declares in the class variable `parameters` which leaves stand behind each name. The
-parameters that are frozen stand in its static field `frozen`, as pairs (name, mask over components
-or None): static, so that two models of different structure are different types for JAX.
+parameters that are frozen stand in its static field `frozen`, as pairs (name, mask or None):
+static, so that two models of different structure are different types for JAX. A mask has one entry
+for each component, or the shape of the leaf where single elements are frozen.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 
-Frozen = tuple[tuple[str, tuple[bool, ...] | None], ...]
+Frozen = tuple[tuple[str, tuple[Any, ...] | None], ...]
 _T = TypeVar("_T")
 
 
@@ -49,7 +50,7 @@ def replace(module: _T, **changes: Any) -> _T:
 
 
 def frozen_mask(module: Any, name: str) -> bool | np.ndarray:
-    """Whether a parameter is frozen: True, False, or a mask over components."""
+    """Whether a parameter is frozen: True, False, or a mask over components or elements."""
     for frozen, mask in module.frozen:
         if frozen == name:
             return True if mask is None else np.asarray(mask)
@@ -70,12 +71,12 @@ def update(module: _T, **leaves: Any) -> _T:
 
 
 def where_rows(mask: Any, chosen: Any, other: Any) -> Any:
-    """Rows of the leading axis of every leaf: `chosen` where the mask is True, else `other`."""
+    """Every leaf: `chosen` where the mask over its leading axes is True, else `other`."""
     if mask is False or mask is True:
         return chosen if mask else other
 
     def one(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.where(jnp.reshape(mask, (-1,) + (1,) * (b.ndim - 1)), a, b)
+        return jnp.where(jnp.reshape(mask, mask.shape + (1,) * (b.ndim - mask.ndim)), a, b)
 
     return jax.tree.map(one, chosen, other)
 
@@ -93,21 +94,32 @@ def with_rows(module: _T, order: Any) -> _T:
 
 
 def reordered_masks(module: Any, order: Any) -> Frozen:
-    """What is frozen, with masks over components in another order, which must be known."""
+    """What is frozen, with masks in another order of components, which must be known."""
     if all(mask is None for _, mask in module.frozen):
         return module.frozen
     if isinstance(order, Tracer):
         raise ValueError("a traced order cannot reorder masks of what is frozen: leave jit.")
     places = np.asarray(order)
     return tuple(
-        (name, mask if mask is None else tuple(mask[i] for i in places))
+        (name, mask if mask is None or len(mask) == 1 else tuple(mask[i] for i in places))
         for name, mask in module.frozen
     )
 
 
 def free(module: Any, name: str) -> np.ndarray:
-    """Which entries of a parameter are free, along its leading axis: a NumPy mask."""
-    return np.broadcast_to(np.logical_not(frozen_mask(module, name)), (leading_size(module, name),))
+    """Which entries of a parameter are free, along its leading axis: a NumPy mask.
+
+    It has the shape of the leaf where single elements are frozen.
+    """
+    is_free = np.logical_not(frozen_mask(module, name))
+    return is_free if is_free.ndim > 1 else np.broadcast_to(is_free, leading_size(module, name))
+
+
+def free_elements(module: Any, name: str) -> np.ndarray:
+    """Which elements of the leaf behind a parameter are free."""
+    is_free, leaf = free(module, name), getattr(module, module.parameters[name].leaf)
+    each = is_free.reshape(is_free.shape + (1,) * (leaf.ndim - is_free.ndim))
+    return np.broadcast_to(each, leaf.shape)
 
 
 def leading_size(module: Any, name: str) -> int:
@@ -122,8 +134,8 @@ def with_frozen(frame: _T, model: _T) -> _T:
     def one(frame: Any, model: Any) -> Any:
         for name, mask in frame.frozen:
             leaf = frame.parameters[name].leaf
-            rows = True if mask is None else np.asarray(mask)
-            kept = where_rows(rows, getattr(model, leaf), getattr(frame, leaf))
+            chosen = True if mask is None else np.asarray(mask)
+            kept = where_rows(chosen, getattr(model, leaf), getattr(frame, leaf))
             frame = replace(frame, **{leaf: kept})
         return frame
 

@@ -71,8 +71,13 @@ def _module(module: Any, parameters: dict[str, Any], indent: str) -> str:
     return f"{type(module).__name__}({body})"
 
 
-def _frozen(mask: tuple[bool, ...] | None) -> str:
-    return "  # frozen" + ("" if mask is None else f" where {list(map(int, mask))}")
+def _frozen(mask: tuple[Any, ...] | None) -> str:
+    if mask is None:
+        return "  # frozen"
+    flags = np.asarray(mask).astype(int)
+    if flags.size > _MOST:
+        return f"  # frozen in {flags.sum()} of {flags.size}"
+    return f"  # frozen where {flags.tolist()}"
 
 
 def numbers(value: Any, column: int) -> str:

@@ -148,9 +148,9 @@ def shortened(step: Array, reach: Array, limit: Array) -> Array:
 
 
 @jax.custom_jvp
-def linear_tilt(tilt: Float[Array, "k t"], t: Float[Array, "t n"]) -> Float[Array, "k n"]:
+def linear_tilt(tilt: Float[Array, "*b k t"], t: Float[Array, "*b t n"]) -> Float[Array, "*b k n"]:
     """T t at T = 0: the value costs nothing, and its derivative by T is t."""
-    return jnp.zeros((tilt.shape[0], t.shape[1]), t.dtype)
+    return jnp.zeros((*tilt.shape[:-1], t.shape[-1]), t.dtype)
 
 
 @linear_tilt.defjvp

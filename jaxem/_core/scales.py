@@ -71,7 +71,7 @@ class AbstractScale(eqx.Module):
 
     @abc.abstractmethod
     def num_free_parameters(self, free: np.ndarray) -> int:
-        """How many numbers of the covariances that are free, one flag for each of them, move."""
+        """How many numbers move of the covariances, or single variances, with these flags."""
 
     @abc.abstractmethod
     def log_norm(self) -> Float[Array, " c"]:
@@ -144,6 +144,7 @@ class ScaleParameter(NamedTuple):
     role: str = "scale"
     is_log: bool = False
     separate: bool = True  # whether components have covariances apart, which a mask may freeze
+    elements: Callable[[Any, np.ndarray], str] | None = None  # as of a `Parameter`
 
     @property
     def options(self) -> set[str]:

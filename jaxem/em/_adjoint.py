@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jax import lax
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxem._core.checks import check_count
 from jaxem._core.parameters import with_frozen
@@ -168,13 +168,15 @@ class Implicit(AbstractAdjoint):
             shape = jax.ShapeDtypeStruct(right.shape, right.dtype)
             operator = lx.FunctionLinearOperator(product, shape)
             found = lx.linear_solve(operator, right, self.linear_solver, throw=False)
+            finite = jnp.all(jnp.isfinite(right))
+            value = jnp.where(finite, found.value, jnp.nan)
             if not self.throw:
-                return found.value
-            if "residual" in found.stats:
-                return _check_residual(found.value, found.stats["residual"])
-            size = jnp.linalg.norm(right)
-            left = jnp.linalg.norm(right - product(found.value)) / jnp.where(size > 0, size, 1)
-            return _check_residual(found.value, left)
+                return value
+            left = found.stats.get("residual")
+            if left is None:
+                size = jnp.linalg.norm(right)
+                left = jnp.linalg.norm(right - product(value)) / jnp.where(size > 0, size, 1)
+            return _check_residual(value, left, finite)
 
         return lax.custom_linear_solve(product, right, solve, transpose_solve=solve)
 
@@ -206,17 +208,22 @@ _FAILED = {jnp.dtype("float64"): 1e-6, jnp.dtype("float32"): 1e-2}
 _DECADES = 7
 
 
-def _check_residual(solution: Array, left: Float[Array, ""]) -> Array:
-    failed = left > _FAILED.get(solution.dtype, 1e-2)
-    decade = jnp.clip(-jnp.floor(jnp.log10(left)), 0, _DECADES).astype(jnp.int32)
+def _check_residual(
+    solution: Array, left: Float[Array, ""], finite: Bool[Array, ""]
+) -> Float[Array, " s"]:
+    """The solution, or an error where that of a finite right side is none."""
+    failed = finite & ~(left <= _FAILED.get(solution.dtype, 1e-2))
+    decade = jnp.clip(-jnp.floor(jnp.log10(left)), 0, _DECADES)
+    number = jnp.where(jnp.isfinite(left), decade, _DECADES + 1).astype(jnp.int32)
+    sizes = [f"at a relative residual of about 1e-{i}" for i in range(_DECADES + 1)]
     messages = [
-        "The linear solve of the implicit derivative stopped at a relative residual of about "
-        f"1e-{i}. Likely the fit is not at an isolated maximum (not converged, degenerate, or "
+        f"The linear solve of the implicit derivative stopped {where}. "
+        "Likely the fit is not at an isolated maximum (not converged, degenerate, or "
         "components that are all alike); else give Implicit another linear_solver. With "
         "Implicit(throw=False) the inexact derivative is returned."
-        for i in range(_DECADES + 1)
+        for where in (*sizes, "at a product that is not finite")
     ]
-    return eqxi.branched_error_if(solution, failed, decade, messages)
+    return eqxi.branched_error_if(solution, failed, number, messages)
 
 
 def _at_inputs(state: State, inputs: Any) -> State:

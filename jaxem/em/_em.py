@@ -91,18 +91,14 @@ class EM(AbstractAlgorithm):
         if not isinstance(state, State):
             raise ValueError(f"step takes the State that init gave, got {type(state).__name__}.")
         problem = as_problem(problem, state.model)
-        new = self.whole_step(state, problem, key)
         traits = self.traits
         if not (traits.exact and local_part(state.model)):
-            return new
-        remembering = replace(state, maximization=new.maximization)
-
-        def expect(model: AbstractModel) -> State:
-            return self.expect(model, remembering, problem, key)
-
+            return self.whole_step(state, problem, key)
+        model, memory = self.maximize(state, problem, key)
+        given = replace(state, maximization=memory), problem, key
         # Where the objective changes from step to step, this step's judges both ends.
-        old = state if traits.monotone else expect(state.model)
-        return no_worse(expect, old, new, problem)
+        old = state if traits.monotone else self.expect(state.model, *given)
+        return no_worse(self.expect, old, model, *given)
 
     def whole_step(self, state: State, problem: Problem, key: Array | None = None) -> State:
         """A step that is never halved: the map whose fixed points are sought."""

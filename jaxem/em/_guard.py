@@ -10,7 +10,7 @@ are not. Leaves are unconstrained, so that every point between two models is a m
 from collections.abc import Callable
 from typing import Any
 
-import equinox.internal as eqxi
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -23,49 +23,61 @@ _HALVINGS = 30
 
 
 def no_worse(
-    expect: Callable[[Any], Any],
-    old: Any,
-    new: Any,
-    problem: Problem,
+    expect: Callable[..., Any], old: Any, target: Any, before: Any, problem: Problem, key: Any
 ) -> Any:
-    """`new`, or the state at the first of ½, ¼, … of the step that is not too long.
+    """The state at a model, or at the first of ½, ¼, … of the way there that is not too long.
 
-    **Arguments:** `expect(model)`, the state that follows `old` with this model; `new`, that of
-    the whole step; `problem`, by whose total weight rounding is judged.
+    **Arguments:** `expect(model, before, problem, key)`, the state that follows `before` with a
+    model; `old`, the state where the step begins; `target`, the model where it ends. The problem
+    is what rounding is judged by, too.
     """
-    total = problem.total_weight
-    frozen, target = lax.stop_gradient((old.model, new.model))
-    direction = jax.tree.map(jnp.subtract, target, frozen)
-    eps = jnp.finfo(old.objective.dtype).eps
-    height = jax.jit(lambda state: _height(state, direction, problem))  # so that it is traced once
-    before, rise = height(old)
-    bound = before - 30 * rounding(before, total, moved_by_rounding(old.statistics))
-    steepest = -0.5 * jnp.maximum(rise, 0) - eps**2 * total
+    stopped = lax.stop_gradient(problem)
+    direction = lax.stop_gradient(jax.tree.map(jnp.subtract, target, old.model))
+    # so that it is traced once
+    height = jax.jit(lambda state, *along: _height(lax.stop_gradient(state), *along))
+    value, rise = height(old, direction, stopped)
+    total, eps = stopped.total_weight, jnp.finfo(value.dtype).eps
+    off = rounding(value, total, moved_by_rounding(lax.stop_gradient(old.statistics)))
+    limits = value - 30 * off, -0.5 * jnp.maximum(rise, 0) - eps**2 * total
 
-    def too_long(carry: tuple[Array, tuple[Array, Array]]) -> Array:
-        share, (objective, slope) = carry
-        return ~((objective >= bound) & (slope >= steepest)) & (share > 0.5**_HALVINGS)
+    @eqx.filter_custom_jvp
+    def search(start: Any, end: Any, given: Any, old: Any, along: Any, limits: Any) -> Any:
+        """The share of the step that is taken, and the state at its end."""
+        bound, steepest = limits
 
-    def halve(carry: tuple[Array, Any]) -> tuple[Array, tuple[Array, Array]]:
-        share = carry[0] / 2
-        return share, height(expect(_between(frozen, target, share)))
+        def too_long(carry: tuple[Array, Any, tuple[Array, Array]]) -> Array:
+            share, _, (objective, slope) = carry
+            return ~((objective >= bound) & (slope >= steepest)) & (share > 0.5**_HALVINGS)
 
-    # no derivative passes through the search: the share is constant almost everywhere
-    start = jnp.ones_like(before), height(new)
-    share, _ = lax.while_loop(too_long, halve, start)
-    whole = share == 1
-    return lax.cond(
-        eqxi.unvmap_all(whole),  # all lanes of a vmap take one branch
-        lambda: new,
-        lambda: expect(_between(old.model, new.model, share)),
-    )
+        def halve(carry: tuple[Array, Any, Any]) -> tuple[Array, Any, tuple[Array, Array]]:
+            share = carry[0] / 2
+            state = expect(_between(start, end, share), *given)
+            return share, state, height(state, *along)
+
+        twice = 2 * jnp.ones_like(bound), old, (jnp.full_like(bound, -jnp.inf), bound)
+        share, state, _ = lax.while_loop(too_long, halve, twice)
+        return share, state
+
+    @search.def_jvp
+    def _(primals: Any, tangents: Any) -> Any:
+        # no derivative passes through the search: the share is constant almost everywhere
+        share, _ = search(*primals)
+
+        def taken(start: Any, end: Any, given: Any) -> Any:
+            return share, expect(_between(start, end, share), *given)
+
+        return eqx.filter_jvp(taken, primals[:3], tangents[:3])
+
+    ends = old.model, target
+    given = before, problem, key
+    return search(*ends, given, lax.stop_gradient(old), (direction, stopped), limits)[1]
 
 
 def _height(state: Any, direction: Any, problem: Problem) -> tuple[Array, Array]:
     """The objective at a state and its slope along a direction, that of Q (Fisher's identity)."""
-    combined = lax.stop_gradient(problem.with_prior(state.statistics))
+    combined = problem.with_prior(state.statistics)
     _, slope = jax.jvp(lambda m: m.expected_log_prob(combined), (combined.frame,), (direction,))
-    return lax.stop_gradient(state.objective), slope
+    return state.objective, slope
 
 
 def _between(start: Any, end: Any, share: Array) -> Any:

@@ -14,6 +14,7 @@ from jaxem.emissions._gamma import Gamma as Gamma
 from jaxem.emissions._gaussian import Gaussian as Gaussian
 from jaxem.emissions._gaussian import TiedGaussian as TiedGaussian
 from jaxem.emissions._gradient_emission import GradientEmission as GradientEmission
+from jaxem.emissions._ica import ICA as ICA
 from jaxem.emissions._independent import Independent as Independent
 from jaxem.emissions._labels import Labels as Labels
 from jaxem.emissions._linear_regression import LinearRegression as LinearRegression

@@ -90,6 +90,15 @@ class AbstractExpandable(AbstractEmission):
         """Whether rounding allows the cheaper form now, and self in that form."""
 
 
+class AbstractWide(AbstractEmission):
+    """An emission with more densities than components: each of its own parts of a law."""
+
+    @property
+    @abc.abstractmethod
+    def num_densities(self) -> int:
+        """How many numbers an E-step holds for each feature of an observation."""
+
+
 class AbstractNested(AbstractEmission):
     """An emission that is made of others, none or several, and has no leaves besides theirs.
 
@@ -153,6 +162,8 @@ def width(emission: AbstractEmission, x: PyTree[Array]) -> int:
 
 
 def _num_densities(emission: AbstractEmission) -> int:
+    if isinstance(emission, AbstractWide):
+        return emission.num_densities
     parts = emission.inner() if isinstance(emission, AbstractNested) else ()
     return max([emission.num_components, *map(_num_densities, parts)])
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from numpy.typing import ArrayLike
 
 from jaxem._core.constraints import leaves_of, real
-from jaxem._core.dense_scales import FullScale, full_scale, pooled_full_scale
+from jaxem._core.full_scales import FullScale, full_scale, pooled_full_scale
 from jaxem._core.parameters import Frozen, replace
 from jaxem._core.scales import MIN_SPREAD, Moments, ScaleParameter
 from jaxem.emissions._base import AbstractExpandable
@@ -58,9 +58,10 @@ class AbstractGaussian(AbstractLocationScale, AbstractExpandable):
 class Gaussian(AbstractGaussian):
     """Gaussians N(μₖ, Σₖ), each with a full covariance matrix of its own.
 
-    **Arguments:** `mean` (k, d); `covariance` (k, d, d), positive definite; `min_spread`: a
-    component whose variance along some direction is below this fraction of the average within
-    components is degenerate. A normal-inverse-Wishart prior with κ₀, ν₀ and Ψ is
+    **Arguments:** `mean` (k, d); `covariance` (k, d, d), positive definite, or with rows of zeros
+    for what is known, to be frozen; `min_spread`: a component whose variance along some direction
+    is below this fraction of the average within components is degenerate. A normal-inverse-Wishart
+    prior with κ₀, ν₀ and Ψ is
     `prior({"mean": κ₀, "covariance": ν₀ + d + 2}, mean=…, covariance=Ψ / (ν₀ + d + 2))`.
 
     **Raises:** `ValueError` for other shapes, or values that are not a covariance.
@@ -75,7 +76,9 @@ class Gaussian(AbstractGaussian):
 
     def __init__(self, mean: ArrayLike, covariance: ArrayLike, *, min_spread: float = MIN_SPREAD):
         self.mean, self.frozen = leaves_of(self.parameters, mean=mean)["mean"], ()
-        self.structure = full_scale("covariance", covariance, self.mean, min_spread=min_spread)
+        self.structure = full_scale(
+            "covariance", covariance, self.mean, singular=True, min_spread=min_spread
+        )
 
     @property
     def covariance(self) -> Float[Array, "k d d"]:

@@ -12,12 +12,17 @@ M-step. With M = Σr ṽ ṽᵀ, G = Σr z ṽᵀ and S = Σr z zᵀ the blocks 
 
     δ = G M⁻¹,    (b + W c, W s) ← (b + W c, W s) + L δ,    Σ ← L (S − Gδᵀ − δGᵀ + δMδᵀ) Lᵀ / n.
 
+Where elements of W and b are frozen, each output of independent residuals is a regression on its
+own free inputs. With correlated residuals the rows would be one linear system: they take the same
+free inputs for all outputs.
+
 Collinear inputs, and inputs that do not vary in a component, are no error: the coefficients of
 those that the intercept and the inputs before them explain stay where they are.
 
 DeSarbo & Cron (1988), J. Classification 5; for HMMs, Hamilton (1990), J. Econometrics 45.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -30,10 +35,10 @@ from numpy.typing import ArrayLike
 from jaxem._core import linalg as la
 from jaxem._core.causes import caused, either
 from jaxem._core.constraints import leaves_of
-from jaxem._core.dense_scales import FullScale, full_scale, pooled_full_scale
+from jaxem._core.full_scales import FullScale, full_scale, pooled_full_scale
 from jaxem._core.inputs import InputFrame
 from jaxem._core.numerics import ROUNDINGS, centroid, pseudo_count, resolves
-from jaxem._core.parameters import Frozen, replace, update
+from jaxem._core.parameters import Frozen, free_elements, replace, update
 from jaxem._core.quadratic import solve_free, square_tilt
 from jaxem._core.scales import MIN_SPREAD, ScaleParameter
 from jaxem._core.statistics import Framed
@@ -41,6 +46,7 @@ from jaxem._core.supports import Regressed, reals
 from jaxem.emissions._regression_base import COEFFICIENTS, INTERCEPT, AbstractRegression, Link
 
 _COUNTED = ("intercept", "covariance")  # what a prior counts observations of
+_INDEPENDENT = "need independent residuals: make it LinearRegression(…, diagonal=True)"
 
 
 class JointMoments(NamedTuple):
@@ -55,15 +61,21 @@ class JointMoments(NamedTuple):
         return self._replace(joint=joint)
 
     def maximum(
-        self, directions: Float[Array, "k q q"], unresolved: Float[Array, "k q"]
+        self, directions: Float[Array, "k *d q q"], unresolved: Float[Array, "k q"]
     ) -> tuple[Float[Array, "k d q"], Float[Array, "c d d"]]:
-        """The step δ within the span of the rows of `directions`, and squares about its end.
+        """The step δ within the span of the rows of `directions`, perhaps those of each output.
 
-        It does not go along inputs of which no more is left than what is `unresolved`.
+        And squares about its end. It does not go along inputs of which no more is left than what is
+        `unresolved`.
         """
         q = directions.shape[-1]
         moments, cross = self.joint[:, :q, :q], self.joint[:, q:, :q]
-        step = solve_free(moments, cross, directions, unresolved * moments[:, 0, :1])
+        least = unresolved * moments[:, 0, :1]
+        if directions.ndim == 4:
+            each = solve_free(moments[:, None], cross[:, :, None], directions, least[:, None])
+            step = each[:, :, 0]
+        else:
+            step = solve_free(moments, cross, directions, least)
         # Also where the step leads to no free maximum; what is below the rounding of the squares
         # before it counts as scatter.
         moved = la.matmul(2 * cross - la.matmul(step, moments), la.transpose(step))
@@ -81,6 +93,17 @@ class JointMoments(NamedTuple):
         return jnp.sum(per_component, axis=0, keepdims=True)
 
 
+def _coupled(module: Any, mask: np.ndarray) -> str:
+    """Why coefficients cannot be frozen so: those of correlated outputs are one linear system."""
+    if module.structure.below is None or np.all(mask == mask[:, :1]):
+        return ""
+    return f"{_INDEPENDENT}, or freeze them alike for all outputs."
+
+
+def _correlated(module: Any, mask: np.ndarray) -> str:
+    return "" if module.structure.below is None else f"{_INDEPENDENT}."
+
+
 class LinearRegression(AbstractRegression):
     """Regressions of outputs on inputs, with Gaussian residuals. Data: a tuple (u, y).
 
@@ -91,8 +114,9 @@ class LinearRegression(AbstractRegression):
     (k, d, d) of the residuals, or (d, d) shared by all components; `diagonal`: whether residuals of
     different outputs are independent, and the covariance stays diagonal; `min_spread`: a component
     whose residual variance along some direction is below this fraction of the average is
-    degenerate. Data: inputs u (n, p), outputs y (n, d). As a `family`,
-    `functools.partial(LinearRegression, tied=True)` shares the covariance.
+    degenerate. A variance of 0 is one of an output without residuals, to be frozen. Data: inputs u
+    (n, p), outputs y (n, d). As a `family`, `functools.partial(LinearRegression, tied=True)` shares
+    the covariance.
 
     **Raises:** `ValueError` for other shapes, or values that are not a covariance.
 
@@ -102,9 +126,9 @@ class LinearRegression(AbstractRegression):
     """
 
     parameters: ClassVar = {
-        "coefficients": COEFFICIENTS,
-        "intercept": INTERCEPT,
-        "covariance": ScaleParameter("structure", pooled_full_scale),
+        "coefficients": dataclasses.replace(COEFFICIENTS, elements=_coupled),
+        "intercept": dataclasses.replace(INTERCEPT, elements=_coupled),
+        "covariance": ScaleParameter("structure", pooled_full_scale, elements=_correlated),
     }
     support: ClassVar = Regressed(reals("n d"))
     link: ClassVar = Link(of=lambda mean: mean, inverse=lambda eta: eta, share=1.0)
@@ -132,6 +156,7 @@ class LinearRegression(AbstractRegression):
             self.intercept,
             shared=None,
             diagonal=diagonal,
+            singular=True,
             min_spread=min_spread,
         )
         self.inputs, self.frozen = InputFrame.at_zero(self.coefficients), ()
@@ -163,18 +188,23 @@ class LinearRegression(AbstractRegression):
 
     def reframe(self, sums: JointMoments, old: Self) -> JointMoments:
         k, d, _ = self.coefficients.shape
-        whitener = self.structure.whitener()
-        turn = jnp.broadcast_to(la.matmul(whitener, old.structure.factor()), (k, d, d))
+        turn = self.structure.whitener()
+        turn = jnp.broadcast_to(la.matmul(turn, old.structure.factor()), (k, d, d))
         change = old.inputs.centred(
             old.coefficients - self.coefficients, old.intercept - self.intercept
         )
         top = jnp.pad(self.inputs.turn_from(old.inputs), ((0, 0), (0, 0), (0, d)))
-        bottom = jnp.concatenate([la.matmul(whitener, change), turn], axis=2)
+        bottom = jnp.concatenate([self.structure.whitened_shift(change), turn], axis=2)
         turn = jnp.concatenate([top, bottom], axis=1)
         return sums.turned(turn)
 
     def _maximum(self, sums: JointMoments) -> tuple[Array, Array]:
-        return sums.maximum(self.inputs.free_directions(self), self.inputs.unresolved())
+        masks = [mask for name, mask in self.frozen if name != "covariance" and mask is not None]
+        if any(np.ndim(mask) > 1 for mask in masks):
+            directions = self.inputs.directions_of_elements(self)
+        else:
+            directions = self.inputs.free_directions(self)
+        return sums.maximum(directions, self.inputs.unresolved())
 
     def m_step(self, sums: JointMoments) -> Self:
         step, scatter = self._maximum(sums)
@@ -242,18 +272,24 @@ class LinearRegression(AbstractRegression):
     def degenerate(self, sums: JointMoments) -> Int[Array, " k"]:
         _, scatter = self._maximum(sums)
         within = self.structure.best_covariance(scatter, sums.scale_count)
-        centred = self.centred()
+        centred, structure = self.centred(), self.structure
         level = centred[:, :, 0]
-        of_scale = self.structure.has_collapsed(within, sums.scale_count, level - centroid(level))
+        offset, reach = level - centroid(level), jnp.sum(jnp.abs(centred[:, :, 1:]), axis=2)
+        is_free = self.free("covariance")
+        if is_free.ndim > 1:  # variances that are frozen are not judged
+            offset, reach = jnp.where(is_free, offset, 0), jnp.where(is_free, reach, 0)
+            within = jnp.where(is_free[:, :, None], within, jnp.eye(len(is_free[0])))
+            structure = replace(structure, log_scale=jnp.where(is_free, structure.log_scale, 0))
+            is_free = np.any(is_free, axis=1)
+        of_scale = structure.has_collapsed(within, sums.scale_count, offset)
         # Residuals below the rounding of the slopes that they are differences from
-        root = la.matmul(self.structure.factor(), la.cholesky(within))
-        reach = jnp.sum(jnp.abs(centred[:, :, 1:]), axis=2)
+        root = la.matmul(structure.factor(), la.cholesky(within))
         thin = ~resolves(jnp.sqrt(jnp.sum(root**2, axis=2)), reach)
         few = jnp.zeros_like(sums.joint[:, 0, 0], bool)
         if not self.structure.shared:
             few = sums.scale_count < self.intercept.shape[1] + self.num_fitted()
-        is_free = self.free("covariance")
         few = (sums.joint[:, 0, 0] < 1) | (few & is_free)
-        return either(
-            caused(few_observations=few), either(of_scale, caused(no_variance=thin)) * is_free
-        )
+        of_scale = either(of_scale, caused(no_variance=thin)) * is_free
+        fitted = free_elements(self, "coefficients").any(axis=2) | free_elements(self, "intercept")
+        stays = jnp.any(self.structure.without_variance() & fitted, axis=1)
+        return either(caused(few_observations=few), either(of_scale, caused(no_variance=stays)))

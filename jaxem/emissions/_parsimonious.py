@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 from numpy.typing import ArrayLike
 
 from jaxem._core.constraints import leaves_of
-from jaxem._core.dense_scales import pooled_full_scale
+from jaxem._core.full_scales import pooled_full_scale
 from jaxem._core.numerics import as_float
 from jaxem._core.parameters import Frozen
 from jaxem._core.parsimonious import Parsimonious

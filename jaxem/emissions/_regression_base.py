@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Self
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -14,7 +15,7 @@ from jaxem._core.blocks import weighted_mean
 from jaxem._core.checks import check_options
 from jaxem._core.constraints import real
 from jaxem._core.inputs import InputFrame
-from jaxem._core.parameters import build, replace
+from jaxem._core.parameters import build, free_elements, replace
 from jaxem._core.scales import ScaleParameter
 from jaxem._core.supports import Regressed
 from jaxem.emissions._base import AbstractStarting, sums_of
@@ -50,10 +51,10 @@ class AbstractRegression(AbstractFamily, AbstractStarting):
     def draw(self, key: Array, mean: Float[Array, "n d"], z: Int[Array, " n"]) -> Array:
         """Outputs with these means, of component z each."""
 
-    def num_fitted(self) -> Any:
-        """How many coefficients of each output are free, the intercept among them, (k,)."""
-        of_inputs = self.coefficients.shape[2] * self.free("coefficients")
-        return of_inputs + self.free("intercept")
+    def num_fitted(self) -> np.ndarray:
+        """How many coefficients of an output are free at most, the intercept among them, (k,)."""
+        of_inputs = np.sum(free_elements(self, "coefficients"), axis=2)
+        return np.max(of_inputs + free_elements(self, "intercept"), axis=1)
 
     def centred(self) -> Float[Array, "k d q"]:
         """The coefficients of ṽ."""

@@ -32,7 +32,7 @@ from numpy.typing import ArrayLike
 
 from jaxem._core import linalg as la
 from jaxem._core.constraints import leaves_of, positive, real
-from jaxem._core.dense_scales import FullScale, full_scale, pooled_full_scale
+from jaxem._core.full_scales import FullScale, full_scale, pooled_full_scale
 from jaxem._core.newton import maximize_by_newton
 from jaxem._core.numerics import divide
 from jaxem._core.parameters import Frozen

@@ -9,22 +9,21 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.scipy.sparse.linalg import cg
 from jaxtyping import Array, Float, Int, PyTree
 from numpy.typing import ArrayLike
 
 from jaxem._core.checks import check_shape, check_values, concrete
 from jaxem._core.constraints import simplex
-from jaxem._core.numerics import as_float, divide, pseudo_count
+from jaxem._core.numerics import as_float, pseudo_count
 from jaxem._core.parameters import Frozen, free, reordered_masks, replace, update, with_rows
 from jaxem._core.statistics import Framed
 from jaxem.factors._base import AbstractFactor
+from jaxem.factors._climb import climbed
 from jaxem.factors._simplex import log_shares
-from jaxem.latents import chain
+from jaxem.latents._stationary import stationary_log_prob
 
 
 class AbstractTransition(AbstractFactor):
@@ -244,69 +243,18 @@ class Transition(AbstractTransition):
     def maximize_from_stationary(
         self, sums: Float[Array, "g k"], initial: Float[Array, " k"]
     ) -> Self:
-        """The maximiser where first states, counted in `initial`, are drawn from δ(A).
+        """The maximiser where first states, counted in `initial`, are drawn from δ(A)."""
 
-        Newton's method on the logits, by conjugate gradients; along the gradient, in units of
-        expected counts, where they find no way up. As much of each step is taken as neither
-        lowers Q nor passes its maximum along the step.
+        def objective(logits: Array, given: tuple[Self, Array, Array]) -> Array:
+            factor, sums, initial = given
+            new = update(factor, logits=logits)
+            return new.expected_log_prob(sums) + stationary_log_prob(new.matrix, initial)
 
-        Nocedal & Wright (2006), *Numerical Optimization*, chapter 7.
-        """
-        eps = jnp.finfo(self.logits.dtype).eps
+        def scale(logits: Array, given: tuple[Self, Array, Array]) -> tuple[Array, Array]:
+            factor, sums, initial = given
+            own = jnp.exp(update(factor, logits=logits)._log_prob())
+            counts = jnp.sum(sums, axis=1, keepdims=True) + jnp.sum(initial)
+            return jnp.where(factor._possible(), own, 0), counts
 
-        def objective(logits: Array, sums: Array, initial: Array) -> Array:
-            new = update(self, logits=logits)
-            delta = chain.stationary(new.matrix)
-            first = jnp.log(jnp.maximum(delta, jnp.finfo(delta.dtype).tiny))
-            return new.expected_log_prob(sums) + jnp.sum(initial * first)
-
-        gradient = jax.grad(objective)
-        given = lax.stop_gradient((sums, initial))
-        total = jnp.sum(given[0], axis=1, keepdims=True) + jnp.sum(given[1])
-
-        def newton(logits: Array, slope: Array) -> tuple[Array, Array]:
-            """The step to where the slope vanishes, and the slope in units of counts."""
-
-            def curvature(step: Array) -> Array:
-                bend = -jax.jvp(lambda at: gradient(at, *given), (logits,), (step,))[1]
-                # What is added to a whole row changes nothing: no slope, and here a curvature.
-                return bend + own * total * jnp.sum(own * step, axis=1, keepdims=True)
-
-            own = jnp.where(self._possible(), jnp.exp(update(self, logits=logits)._log_prob()), 0)
-            found, _ = cg(
-                curvature,
-                slope,
-                tol=float(eps) ** 0.75,
-                maxiter=min(logits.size, 64),
-                M=lambda step: divide(step, own * total),
-            )
-            return found, divide(slope, own * total)
-
-        def climb(carry: tuple[Array, ...]) -> tuple[Array, ...]:
-            count, logits, _ = carry
-            slope = gradient(logits, *given)
-            step, simple = newton(logits, slope)
-            step = jnp.where(jnp.sum(slope * step) > 0, step, simple)
-
-            def height(share: Array) -> tuple[Array, Array]:
-                at = logits + share * step
-                return jax.jvp(lambda at: objective(at, *given), (at,), (step,))
-
-            values, slopes = jax.vmap(height)(shares)
-            slack = 30 * eps * jnp.abs(values[0])
-            rises = (values >= values[0] - slack) & (slopes >= -0.5 * slopes[0])
-            share = shares[1:][jnp.argmax(rises[1:])] * jnp.any(rises[1:])
-            going = share * slopes[0] > eps * jnp.abs(values[0]) * 1e-3
-            return count + 1, logits + share * step, going
-
-        shares = jnp.append(0, 0.5 ** jnp.arange(12, dtype=self.logits.dtype))
-        start = jnp.zeros((), jnp.int32), lax.stop_gradient(self.logits), jnp.asarray(True)
-        found = lax.while_loop(lambda carry: carry[-1] & (carry[0] < 50), climb, start)[1]
-
-        def again(logits: Array, _: Any) -> tuple[Array, None]:
-            step, _ = newton(found, gradient(logits, sums, initial))
-            return logits + (step - lax.stop_gradient(step)), None
-
-        # Each makes one more order of derivatives exact.
-        last: Any = lax.scan(again, found, length=2)[0]
-        return update(self, logits=last)
+        logits = climbed(objective, scale, self.logits, (self, sums, initial))
+        return update(self, logits=logits)

@@ -43,6 +43,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxem.latents._chain_blocks import accurate_sum, filter_blocks, in_parallel, smooth_blocks
 from jaxem.latents._chain_logs import filter_logs, filtered_logs, smooth_logs
 from jaxem.latents._chain_steps import filter_steps, negligible, push, smooth_steps
+from jaxem.latents._stationary import stationary as stationary
 
 
 class Filtered(NamedTuple):
@@ -272,32 +273,6 @@ def forecast(
         return following, following
 
     return lax.scan(step, state, length=num_steps)[1]
-
-
-def stationary(transition: Float[Array, "k k"]) -> Float[Array, " k"]:
-    """The stationary distribution δ = δ A of a chain that has one.
-
-    States are removed one by one, and put back in reverse. Nothing is subtracted, so that all
-    digits are right even where states are hardly ever left.
-
-    Grassmann, Taksar & Heyman (1985), Oper. Res. 33.
-    """
-    states = jnp.arange(len(transition))
-
-    def remove(matrix: Array, n: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-        out_of = jnp.where(states < n, matrix[n], 0)
-        total = jnp.sum(out_of)  # 0: what remains is never reached from here again
-        into = jnp.where(states < n, matrix[:, n], 0) / jnp.where(total > 0, total, 1)
-        return matrix + into[:, None] * out_of, (n, into, total > 0)
-
-    def restore(delta: Array, removed: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        n, into, returns = removed
-        here = jnp.where(returns, jnp.sum(delta * into), 1)
-        delta = jnp.where(states == n, here, jnp.where(returns, delta, 0))
-        return delta / jnp.sum(delta), None
-
-    removed = lax.scan(remove, transition, states[1:], reverse=True)[1]
-    return lax.scan(restore, (states == 0).astype(transition.dtype), removed)[0]
 
 
 def _largest(rows: Float[Array, "r c"], count: int) -> tuple[Array, Array]:

@@ -1,29 +1,33 @@
-"""Linear-Gaussian chains as pure functions: filter, and smoother by adjoints.
+"""Linear-Gaussian chains as pure functions: filter, and smoother by the information to come.
 
     z₁ = m₀ + L₀ ε₁,    zₜ = A zₜ₋₁ + bₜ + L εₜ,    eₜ = Hₜ zₜ + noise of variance I.
 
 Forward, about the predicted (m, P), with J = Hᵀ H and h = Hᵀ e,
 
-    K = (I + P J)⁻¹,    P_f = K P Kᵀ + K P J P Kᵀ,    m_f = K (m + P h),
+    K = (I + P J)⁻¹,    P_f = K P Kᵀ + K P J P Kᵀ,    m_f = m + P_f Hᵀ (e − H m),
 
-which is Joseph's form, a sum of squares. Backward, score r and information N of all that comes,
-with respect to the predicted state:
+which is Joseph's form, a sum of squares, about K P: where a start is wide, P J P would leave no
+digits. Backward, of all that comes after a step as a function of its state, the information Λf,
+with that of the step itself Λ = J + Λf, and the score ρ at the predicted state,
 
-    r = h − J m_f + Kᵀ Aᵀ r₊,    N = Kᵀ (J + J P J + Aᵀ N₊ A) K.
+    E = (I + Lᵀ Λ₊ L)⁻¹,    B = −E Lᵀ Λ₊ A,    A* = A + L B,
+    Λf = A*ᵀ Λ₊ A* + Bᵀ B,    ρ = (I + Λf P_f) (h − J m) + A*ᵀ ρ₊.
 
-They are the derivative of the filter, so that this E-step is a gradient too (tests hold it to
-that). No covariance of states or of their noise is inverted: a start without variance, the
-companion form of an autoregression and other singular noise need no special case.
+Λ does not depend on the start, so that nothing cancels where that is wide. With σ = A*ᵀ ρ₊,
 
-    E ε = Lᵀ r,    Var ε = I − Lᵀ N L,    Cov(εₜ₊₁, zₜ) = −Lᵀ N₊ A P_f,
-    E zₜ = m_f + P_f Aᵀ r₊,    Var zₜ = P_f − P_f Aᵀ N₊ A P_f.
+    Var zₜ = V = (I + P_f Λf)⁻¹ P_f,    E zₜ = m_f + V σ,
+    E εₜ₊₁ = E Lᵀ ρ₊ + B V σ,    Var εₜ₊₁ = E + B V Bᵀ,    Cov(εₜ₊₁, zₜ) = B V,
+
+the derivative of the filter, so that this E-step is a gradient too (tests hold it to that). No
+covariance of states or of their noise is inverted: a start without variance, the companion form of
+an autoregression and other singular noise need no special case.
 
 Covariances depend on which outputs were observed, not on their values. Where all sequences share
 what was observed they are found once; where every step shares it they settle, and what repeats
 itself to rounding is not computed again.
 
-Bryson & Frazier (1963), Proc. Optimum System Synthesis; de Jong (1989), JASA 84; Koopman (1993),
-Biometrika 80; Durbin & Koopman (2012), *Time Series Analysis by State Space Methods*.
+Fraser & Potter (1969), IEEE Trans. Automatic Control 14; Durbin & Koopman (2012), *Time Series
+Analysis by State Space Methods*.
 """
 
 from collections.abc import Callable
@@ -74,8 +78,6 @@ class Covariances(NamedTuple):
 
     predicted: Float[Array, "c t n n"]
     filtered: Float[Array, "c t n n"]
-    kept: Float[Array, "c t n n"]
-    moved: Float[Array, "c t n n"]  # A K
     log_det: Float[Array, "c t"]  # of I + P J, which is that of I + H P Hᵀ
     repeats: Bool[Array, " blocks"]
 
@@ -107,11 +109,7 @@ def filtered(dynamics: Dynamics, outputs: Outputs) -> Filtered:
     """The states given the outputs so far."""
     rows, values = outputs
     covariances = _forward(dynamics, outputs.information, values.shape[1])
-    gain = _times(covariances.kept, _times(covariances.predicted, outputs.score(values)))
-    drift = _times(dynamics.matrix, gain) + jnp.roll(dynamics.drift, -1, axis=1)
-    start = jnp.broadcast_to(dynamics.mean, drift[:, 0].shape)
-    predicted_mean = _affine(covariances.moved, drift, start)
-    mean = _times(covariances.kept, predicted_mean) + gain
+    predicted_mean, mean = _means(dynamics, outputs, covariances.filtered)
 
     before = values - _times(rows, predicted_mean)
     after = values - _times(rows, mean)
@@ -122,35 +120,68 @@ def filtered(dynamics: Dynamics, outputs: Outputs) -> Filtered:
 def smoothed(dynamics: Dynamics, outputs: Outputs) -> Smoothed:
     """The states and their noise given all outputs."""
     forward = filtered(dynamics, outputs)
-    score = outputs.score(outputs.values - _times(outputs.rows, forward.mean))
-    turned = la.transpose(forward.covariances.moved)
-    r = _affine(turned, score, jnp.zeros_like(score[:, 0]), reverse=True)
-    r_later = _times(dynamics.matrix.T, jnp.pad(r, ((0, 0), (0, 1), (0, 0)))[:, 1:])
-    mean = forward.mean + _times(forward.covariances.filtered, r_later)
-    noise = _times(dynamics.noise.T, r).at[:, 0].set(_times(dynamics.start.T, r[:, 0]))
+    back = _backward(dynamics, outputs.information, forward.covariances)
+    score = outputs.score(outputs.values - _times(outputs.rows, forward.predicted_mean))
+    score = score + _times(back.later, _times(forward.covariances.filtered, score))
+    to_come = _affine(la.transpose(back.moved), score, jnp.zeros_like(score[:, 0]), reverse=True)
+    behind = jnp.pad(to_come, ((0, 0), (0, 1), (0, 0)))[:, 1:]
+    change = _times(back.states, _times(la.transpose(back.moved), behind))
+    noise = _times(back.alone, _times(dynamics.noise.T, behind)) + _times(back.slope, change)
 
-    n, back = _backward(dynamics, outputs.information, forward.covariances)
-    eye = jnp.eye(len(dynamics.mean), dtype=r.dtype)
-    first = eye - la.matmul(la.matmul(dynamics.start.T, n), dynamics.start)
-    cross = jnp.concatenate([jnp.zeros_like(first)[:, None], back.cross[:, :-1]], axis=1)
-    noise_covariance = back.noise.at[:, 0].set(first)
-    return Smoothed(mean, back.states, noise, noise_covariance, cross, forward.log_increments)
+    eye = jnp.eye(len(dynamics.mean), dtype=noise.dtype)
+    known = la.matmul(la.matmul(dynamics.start.T, back.information[:, 0]), dynamics.start)
+    first, _ = la.inverse_and_log_det(eye + known)
+    first_noise = _times(first, _times(dynamics.start.T, to_come[:, 0]))
+
+    def from_first(first: Array, later: Array) -> Array:
+        return jnp.concatenate([first[:, None], later[:, :-1]], axis=1)
+
+    return Smoothed(
+        forward.mean + change,
+        back.states,
+        from_first(first_noise, noise),
+        from_first(first, back.noise),
+        from_first(jnp.zeros_like(first), back.cross),
+        forward.log_increments,
+    )
+
+
+def _means(
+    dynamics: Dynamics, outputs: Outputs, filtered: Float[Array, "c t n n"]
+) -> tuple[Float[Array, "b t n"], Float[Array, "b t n"]]:
+    """m and m_f of each step, by what outputs differ from their predictions."""
+    rows, values = outputs
+    drift = jnp.broadcast_to(
+        jnp.roll(dynamics.drift, -1, axis=1), (*values.shape[:2], len(dynamics.mean))
+    )
+    fixed = rows.shape[1] == 1
+
+    def move(m: Array, step: Any) -> tuple[Array, tuple[Array, Array]]:
+        value, spread, b, *each = step
+        h = rows[:, 0] if fixed else each[0]
+        found = m + _times(spread, _times(la.transpose(h), value - _times(h, m)))
+        return _times(dynamics.matrix, found) + b, (m, found)
+
+    start = jnp.broadcast_to(dynamics.mean, drift[:, 0].shape)
+    steps = (values, filtered, drift) if fixed else (values, filtered, drift, rows)
+    return _by_time(lax.scan(move, start, _by_time(steps))[1])
 
 
 def _forward(
     dynamics: Dynamics, information: Float[Array, "c s n n"], num_steps: int
 ) -> Covariances:
-    """P, P_f, K and A K of each step."""
+    """P and P_f of each step."""
     a, q = dynamics.matrix, la.matmul(dynamics.noise, dynamics.noise.T)
     eye = jnp.eye(len(a), dtype=a.dtype)
 
     def vary(p: Array, j: Array) -> tuple[Array, Any]:
         kept, log_det = la.inverse_and_log_det(eye + la.matmul(p, j))
-        inner = p + la.matmul(la.matmul(p, j), p)
-        found = la.matmul(la.matmul(kept, inner), la.transpose(kept))
+        left = la.matmul(kept, p)
+        found = la.matmul(left, la.transpose(kept))
+        found = found + la.matmul(la.matmul(left, j), la.transpose(left))
         found = 0.5 * (found + la.transpose(found))
         new = la.matmul(la.matmul(a, found), a.T) + q
-        return new, (p, found, kept, la.matmul(a, kept), log_det)
+        return new, (p, found, log_det)
 
     start = la.matmul(dynamics.start, dynamics.start.T)
     start = jnp.broadcast_to(start, information[:, 0].shape)
@@ -159,46 +190,54 @@ def _forward(
     else:
         found = lax.scan(vary, start, _by_time(information))[1]
         repeats = jnp.zeros(_num_blocks(num_steps), bool)
-    predicted, filtered, kept, moved, log_det = _by_time(found)
-    return Covariances(predicted, filtered, kept, moved, log_det, repeats)
+    predicted, filtered, log_det = _by_time(found)
+    return Covariances(predicted, filtered, log_det, repeats)
 
 
 class _Back(NamedTuple):
-    """N of each step, Var z, Var ε as in all steps but the first, and Cov(ε, z) with the next ε."""
+    """Of each step; of noise that of the next one."""
 
-    information: Float[Array, "c t n n"]
-    states: Float[Array, "c t n n"]
-    noise: Float[Array, "c t n n"]
-    cross: Float[Array, "c t n n"]
+    information: Float[Array, "c t n n"]  # Λ
+    later: Float[Array, "c t n n"]  # Λf
+    moved: Float[Array, "c t n n"]  # A*
+    slope: Float[Array, "c t n n"]  # B
+    alone: Float[Array, "c t n n"]  # E
+    states: Float[Array, "c t n n"]  # V
+    noise: Float[Array, "c t n n"]  # Var ε
+    cross: Float[Array, "c t n n"]  # Cov(ε, z)
 
 
 def _backward(
     dynamics: Dynamics, information: Float[Array, "c s n n"], covariances: Covariances
-) -> tuple[Float[Array, "c n n"], _Back]:
-    """N of the first step, and what follows from that of each."""
-    a, factor, kept = dynamics.matrix, dynamics.noise, covariances.kept
+) -> _Back:
+    """What is known of states and noise from what comes after them."""
+    a, factor, filtered = dynamics.matrix, dynamics.noise, covariances.filtered
     eye = jnp.eye(len(a), dtype=a.dtype)
 
-    def back(later: Array, step: Any) -> tuple[Array, _Back]:
-        predicted, filtered, kept, j = step
-        there = la.matmul(la.matmul(a.T, later), a)
-        inner = j + la.matmul(la.matmul(j, predicted), j) + there
-        here = la.matmul(la.matmul(la.transpose(kept), inner), kept)
-        here = 0.5 * (here + la.transpose(here))
-        states = filtered - la.matmul(la.matmul(filtered, there), filtered)
-        noise = eye - la.matmul(la.matmul(factor.T, here), factor)
-        cross = -la.matmul(la.matmul(la.matmul(factor.T, later), a), filtered)
-        return here, _Back(here, states, noise, cross)
+    def back(behind: Array, step: Any) -> tuple[Array, _Back]:
+        spread, j = step
+        known = la.matmul(behind, factor)
+        alone, _ = la.inverse_and_log_det(eye + la.matmul(factor.T, known))
+        slope = -la.matmul(alone, la.matmul(la.transpose(known), a))
+        moved = a + la.matmul(factor, slope)
+        later = la.matmul(la.matmul(la.transpose(moved), behind), moved)
+        later = later + la.matmul(la.transpose(slope), slope)
+        later = 0.5 * (later + la.transpose(later))
+        share, _ = la.inverse_and_log_det(eye + la.matmul(spread, later))
+        states = la.matmul(share, spread)
+        states = 0.5 * (states + la.transpose(states))
+        cross = la.matmul(slope, states)
+        noise = alone + la.matmul(cross, la.transpose(slope))
+        here = j + later
+        return here, _Back(here, later, moved, slope, alone, states, noise, cross)
 
-    none = jnp.zeros_like(kept[:, 0])
-    shared = information.shape[1] == 1 < kept.shape[1]
-    of_steps = jnp.broadcast_to(information, kept.shape) if shared else information
-    steps = _by_time((covariances.predicted, covariances.filtered, kept, of_steps))
+    none = jnp.zeros_like(filtered[:, 0])
+    shared = information.shape[1] == 1 < filtered.shape[1]
+    of_steps = jnp.broadcast_to(information, filtered.shape) if shared else information
+    steps = _by_time((filtered, of_steps))
     if shared:
-        first, found = _repeated_back(back, none, steps, covariances.repeats)
-    else:
-        first, found = lax.scan(back, none, steps, reverse=True)
-    return first, _by_time(found)
+        return _by_time(_repeated_back(back, none, steps, covariances.repeats))
+    return _by_time(lax.scan(back, none, steps, reverse=True)[1])
 
 
 def _times(a: Float[Array, "*c m n"], v: Float[Array, "*b n"]) -> Float[Array, "*b m"]:
@@ -270,8 +309,8 @@ def _repeated_back(
     end: Array,
     steps: Any,
     repeats: Bool[Array, " blocks"],
-) -> tuple[Array, _Back]:
-    """`lax.scan(step, end, steps, reverse=True)`, of which blocks that repeat are not run."""
+) -> _Back:
+    """`lax.scan(step, end, steps, reverse=True)[1]`, of which blocks that repeat are not run."""
     num_steps = len(steps[0])
     missing = len(repeats) * _BLOCK - num_steps
 
@@ -299,5 +338,5 @@ def _repeated_back(
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), one)
     carry = end, nothing, jnp.zeros((), bool)
     parts = jax.tree.map(blocks, steps), repeats
-    (start, _, _), found = lax.scan(block, carry, parts, reverse=True)
-    return start, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num_steps], found)
+    _, found = lax.scan(block, carry, parts, reverse=True)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num_steps], found)

@@ -16,15 +16,14 @@ Holmes (2013), arXiv:1302.3919 (MARSS).
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxem._core import linalg as la
-from jaxem._core.blocks import map_over_observations, sum_over_observations
-from jaxem._core.causes import either
-from jaxem._core.checks import checked_key, name_of
+from jaxem._core.blocks import sum_over_observations
+from jaxem._core.causes import caused, either
+from jaxem._core.checks import check_values, checked_key, name_of
 from jaxem._core.conversion import as_arrays
 from jaxem._core.numerics import float_dtype
 from jaxem._core.scales import Moments
@@ -39,6 +38,7 @@ from jaxem.models._state_space_steps import (
     Residuals,
     States,
     all_seen,
+    answers,
     applied,
     by_pattern,
     finite_values,
@@ -105,6 +105,11 @@ class LinearGaussianSSM(AbstractSeparable):
                 f"emission has coefficients of shape {read}; a state of {n} numbers needs "
                 f"(1, p, {n}), or more columns for inputs."
             )
+        check_values(
+            ~emission.structure.without_variance(),
+            "emission.covariance has a variance of 0: an output without noise takes a small one, "
+            "10⁻⁸ of its variance in float64.",
+        )
         self.initial, self.dynamics, self.emission = initial, dynamics, emission
 
     @property
@@ -170,11 +175,11 @@ class LinearGaussianSSM(AbstractSeparable):
 
     def one_step_log_prob(self, data: PyTree[Array]) -> Float[Array, "b t"]:
         """log p(yₜ | y₁ … yₜ₋₁) of each step; 0 where nothing was observed."""
-        return _answers(self, self._checked(data), kalman.filtered)
+        return answers(self, self._checked(data), kalman.filtered)
 
     def states(self, data: PyTree[Array]) -> States:
         """Means and covariances of the states given all the data (the Kalman smoother)."""
-        return _answers(self, self._checked(data), kalman.smoothed)
+        return answers(self, self._checked(data), kalman.smoothed)
 
     def forecast(self, data: PyTree[Array], num_steps: int) -> Forecast:
         """The outputs of the `num_steps` steps behind the end of each sequence.
@@ -228,7 +233,8 @@ class LinearGaussianSSM(AbstractSeparable):
         cause = jnp.zeros(1, jnp.int32)
         for name, own in zip(self.factors, statistics.at(self).sums, strict=True):
             cause = either(cause, getattr(self, name).degenerate(own))
-        return cause
+        still = jnp.any(self.initial.structure.without_variance(), axis=1)
+        return either(cause, caused(no_variance=still & self.initial.free("mean")))
 
     # E-step
 
@@ -328,20 +334,3 @@ class LinearGaussianSSM(AbstractSeparable):
             self.dynamics.structure.factor()[0],
         )
         return run(dynamics, residuals.outputs), residuals
-
-
-@eqx.filter_jit  # an eager call compiles once
-def _answers(model: LinearGaussianSSM, sequences: Sequences, run: Callable[..., Any]) -> Any:
-    """log p(yₜ | y₁ … yₜ₋₁) of each step from the filter, or the states from the smoother."""
-
-    def answer(complete: bool, sequences: Sequences) -> Any:
-        found, residuals = model.inferred(complete, sequences, run)
-        if run is kalman.filtered:
-            return found.log_increments + residuals.log_norm
-        shape = (*found.mean.shape, model.num_states)
-        return States(found.mean, jnp.broadcast_to(found.covariance, shape))
-
-    def block(sequences: Sequences) -> Any:
-        return by_pattern(answer, jnp.all(all_seen(sequences)), sequences)
-
-    return map_over_observations(block, sequences, width=model.width(sequences))

@@ -4,12 +4,14 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import equinox.internal as eqxi
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from jaxem._core import linalg as la
+from jaxem._core.blocks import map_over_observations
 from jaxem._core.scales import HALF_LOG_2PI
 from jaxem._core.sequences import Sequences
 from jaxem.emissions._linear_regression import JointMoments, LinearRegression
@@ -47,6 +49,23 @@ def by_pattern(function: Callable[..., Any], complete: Bool[Array, ""], *args: A
     """`function(complete, *args)`, where that is a Python boolean."""
     of_all, of_some = (functools.partial(function, whole) for whole in (True, False))
     return lax.cond(eqxi.unvmap_all(complete), of_all, of_some, *args)
+
+
+@eqx.filter_jit  # an eager call compiles once
+def answers(model: Any, sequences: Sequences, run: Callable[..., Any]) -> Any:
+    """log p(yₜ | y₁ … yₜ₋₁) of each step from the filter, or the states from the smoother."""
+
+    def answer(complete: bool, sequences: Sequences) -> Any:
+        found, residuals = model.inferred(complete, sequences, run)
+        if run is kalman.filtered:
+            return found.log_increments + residuals.log_norm
+        shape = (*found.mean.shape, model.num_states)
+        return States(found.mean, jnp.broadcast_to(found.covariance, shape))
+
+    def block(sequences: Sequences) -> Any:
+        return by_pattern(answer, jnp.all(all_seen(sequences)), sequences)
+
+    return map_over_observations(block, sequences, width=model.width(sequences))
 
 
 def all_seen(sequences: Sequences) -> Bool[Array, " b"]:
