@@ -13,7 +13,7 @@ import jaxem
 PACKAGE = pathlib.Path(jaxem.__file__).parent
 SOURCES = {str(path.relative_to(PACKAGE)): path.read_text() for path in PACKAGE.rglob("*.py")}
 TREES = {name: ast.parse(text) for name, text in SOURCES.items()}
-MOST_LINES, MOST_LINES_OF_A_FILE, MOST_NAMES, MOST_METHODS = 20_500, 350, 29, 7
+MOST_LINES, MOST_LINES_OF_A_FILE, MOST_NAMES, MOST_METHODS = 20_550, 350, 29, 7
 
 
 def found(offends):

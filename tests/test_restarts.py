@@ -48,9 +48,17 @@ def test_lanes_are_single_fits(at_once, monkeypatch):
 def test_best_is_the_lane_of_highest_objective():
     batch = jaxem.fit_restarts(models(5), X)
     best = jaxem.best(batch)
-    assert best.objective == np.max(batch.objective)
+    np.testing.assert_allclose(best.objective, np.max(batch.objective), rtol=1e-14)
     assert int(best.set_aside) == 0
     assert best.model.weights.shape == (2,)
+
+
+def test_of_lanes_that_differ_by_rounding_the_first_is_best():
+    around = faked(["converged"] * 3, [-5.0, -1.0 - 1e-15, -1.0])
+    best = jaxem.best(around)
+    assert best.objective == -1.0 - 1e-15 and int(best.set_aside) == 0
+    apart = jaxem.best(faked(["converged"] * 3, [-5.0, -1.0 - 1e-10, -1.0]))
+    assert apart.objective == -1.0
 
 
 def faked(results, objectives):

@@ -48,6 +48,9 @@ class AbstractAccelerated(AbstractAlgorithm):
         state = self.em.init(model, problem, key=key)
         return replace(state, maximization=(state.maximization, self._start(model)))
 
+    def unstarted(self, model, problem, *, key=None):
+        return None
+
     def step(self, state, problem, *, key=None):
         problem = as_problem(problem, state.model)
         inner, own = state.maximization

@@ -17,7 +17,7 @@ class State(eqx.Module):
     - `statistics`: framed at the present model, which is `state.model`.
     - `log_likelihood`: of the data, or the bound that the expectation gives.
     - `objective`: `log_likelihood` plus the log-prior up to a constant.
-    - `step`: how many steps were taken.
+    - `step`: how many steps were taken; −1 before the first E-step.
     - `expectation`, `accumulation`, `maximization`: what each slot remembers.
     """
 
@@ -48,6 +48,15 @@ class AbstractAlgorithm(eqx.Module):
 
         **Arguments:** `problem`, a `Problem` or plain data; `key`, for algorithms that draw
         random numbers.
+        """
+
+    @abc.abstractmethod
+    def unstarted(
+        self, model: AbstractModel, problem: Any, *, key: Array | None = None
+    ) -> State | None:
+        """A state from which `step` leads to that of `init`; None where there is none.
+
+        A loop that begins with it holds one E-step, not two, and compiles sooner.
         """
 
     @abc.abstractmethod

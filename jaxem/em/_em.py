@@ -87,6 +87,21 @@ class EM(AbstractAlgorithm):
         start = self.maximization.init(model)
         return State(statistics, log_likelihood, objective, step, rows, memory, start)
 
+    @property
+    def _can_be_unstarted(self) -> bool:
+        """Whether a first step differs from all others in its M-step alone."""
+        plain = isinstance(self.expectation, Infer) and isinstance(self.accumulation, Full)
+        return plain and isinstance(self.maximization, ClosedForm) and self.traits.exact
+
+    def unstarted(self, model, problem, *, key=None):
+        if not self._can_be_unstarted:
+            return None
+        problem = as_problem(problem, model)
+        state = jax.eval_shape(lambda: self.init(model, problem, key=key))
+        state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
+        statistics = Framed(state.statistics.sums, model)
+        return replace(state, statistics=statistics, step=jnp.full((), -1, jnp.int32))
+
     def step(self, state, problem, *, key=None):
         if not isinstance(state, State):
             raise ValueError(f"step takes the State that init gave, got {type(state).__name__}.")
@@ -151,7 +166,11 @@ class EM(AbstractAlgorithm):
         model, memory = self.maximization(
             statistics, state.maximization, evaluate, problem.total_weight
         )
-        return with_frozen(model, state.model), memory
+        model = with_frozen(model, state.model)
+        if self._can_be_unstarted:
+            started = state.step >= 0
+            model = jax.tree.map(lambda new, old: jnp.where(started, new, old), model, state.model)
+        return model, memory
 
     def expect(
         self, model: AbstractModel, state: State, problem: Problem, key: Array | None = None

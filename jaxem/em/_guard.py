@@ -38,16 +38,17 @@ def no_worse(
     value, rise = height(old, direction, stopped)
     total, eps = stopped.total_weight, jnp.finfo(value.dtype).eps
     off = rounding(value, total, moved_by_rounding(lax.stop_gradient(old.statistics)))
-    limits = value - 30 * off, -0.5 * jnp.maximum(rise, 0) - eps**2 * total
+    limits = value - 30 * off, -0.5 * jnp.maximum(rise, 0) - eps**2 * total, old.step >= 0
 
     @eqx.filter_custom_jvp
     def search(start: Any, end: Any, given: Any, old: Any, along: Any, limits: Any) -> Any:
         """The share of the step that is taken, and the state at its end."""
-        bound, steepest = limits
+        bound, steepest, started = limits
 
         def too_long(carry: tuple[Array, Any, tuple[Array, Array]]) -> Array:
             share, _, (objective, slope) = carry
-            return ~((objective >= bound) & (slope >= steepest)) & (share > 0.5**_HALVINGS)
+            fine = (objective >= bound) & (slope >= steepest) | ~started & (share == 1)
+            return ~fine & (share > 0.5**_HALVINGS)
 
         def halve(carry: tuple[Array, Any, Any]) -> tuple[Array, Any, tuple[Array, Array]]:
             share = carry[0] / 2

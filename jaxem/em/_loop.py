@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxem._core.causes import CAUSES
 from jaxem._core.checks import check_count
-from jaxem._core.parameters import free_numbers, log_odds
+from jaxem._core.parameters import free_numbers, log_odds, replace
 from jaxem._core.statistics import Framed
 from jaxem.em._algorithm import AbstractAlgorithm, State
 from jaxem.em._problem import Problem
@@ -73,7 +73,7 @@ class Progress(eqx.Module):
     def emit(self, step: Array, objective: Array, change: Array) -> None:
         """Reports from within a compiled program, if `every` divides the number of this step."""
         lax.cond(
-            step % self.every == 0,
+            (step % self.every == 0) & (step > 0),
             lambda: jax.debug.callback(self.report, step, objective, change),
             lambda: None,
         )
@@ -88,12 +88,23 @@ class Loop(eqx.Module):
 
     def run(self, inputs: Inputs, **kind: Any) -> Carry:
         """The final carry, by a while-loop; `kind` makes it one with a reverse mode."""
+        model, key = inputs.model, inputs.key_at(jnp.zeros((), jnp.int32))
+        # Backwards through a step from sums of zeros there is no finite derivative
+        state = None if kind else self.algorithm.unstarted(model, inputs.problem, key=key)
         while_loop = eqxi.while_loop if kind else lax.while_loop
 
         def turn(carry: Carry) -> Carry:
-            return self.advance(carry, inputs)
+            if state is None:
+                return self.advance(carry, self.step(carry.state, inputs), inputs)
+            new = self.step(carry.state, inputs)
+            return lax.cond(
+                carry.state.step < 0,
+                lambda: self._started(carry, new),
+                lambda: self.advance(carry, new, inputs),
+            )
 
-        return while_loop(lambda carry: carry.unfinished, turn, self.start(inputs), **kind)
+        begin = self.start(inputs) if state is None else self._unstarted(state, inputs)
+        return while_loop(lambda carry: carry.unfinished, turn, begin, **kind)
 
     def step(self, state: State, inputs: Inputs) -> State:
         """A step of the algorithm."""
@@ -107,33 +118,45 @@ class Loop(eqx.Module):
 
     def start(self, inputs: Inputs) -> Carry:
         """The carry before the first step, finished already if data or weights are invalid."""
-        model, problem = inputs.model, inputs.problem
         key = inputs.key_at(jnp.zeros((), jnp.int32))
-        state = self.algorithm.init(model, problem, key=key)
-        result = RESULTS.where(
-            jnp.isfinite(state.objective), RESULTS.max_steps_reached, RESULTS.nonfinite
-        )
-        fits = jnp.all(problem.possible(model))
-        result = RESULTS.where(fits, result, RESULTS.invalid_data)
+        state = self.algorithm.init(inputs.model, inputs.problem, key=key)
+        return self._started(self._unstarted(state, inputs), state)
+
+    def _unstarted(self, state: State, inputs: Inputs) -> Carry:
+        """The carry before the first E-step, which knows of invalid data and weights."""
+        problem = inputs.problem
+        fits = jnp.all(problem.possible(inputs.model))
+        result = RESULTS.where(fits, RESULTS.max_steps_reached, RESULTS.invalid_data)
         result = RESULTS.where(
             _valid_weight(problem.sample_weight), result, RESULTS.invalid_sample_weight
         )
-        history = jnp.full(self.max_steps + 1, jnp.nan, state.objective.dtype)
         nan = jnp.full_like(state.objective, jnp.nan)
         return Carry(
             state=state,
             change=nan,
             error=nan,
             small_steps=jnp.zeros((), jnp.int32),
-            history=history.at[0].set(state.objective),
+            history=jnp.full(self.max_steps + 1, jnp.nan, state.objective.dtype),
+            result=result,
+            unfinished=jnp.asarray(True),
+        )
+
+    def _started(self, carry: Carry, state: State) -> Carry:
+        """The carry at the first state."""
+        known = jnp.isfinite(state.objective) | (carry.result != RESULTS.max_steps_reached)
+        result = RESULTS.where(known, carry.result, RESULTS.nonfinite)
+        return replace(
+            carry,
+            state=state,
+            history=carry.history.at[0].set(state.objective),
             result=result,
             unfinished=(result == RESULTS.max_steps_reached) & (self.max_steps > 0),
         )
 
-    def advance(self, carry: Carry, inputs: Inputs) -> Carry:
-        """One step, how far it moved, and whether it is the last."""
+    def advance(self, carry: Carry, new: State, inputs: Inputs) -> Carry:
+        """The carry after one step: how far it moved, and whether it is the last."""
         traits, tol = self.algorithm.traits, inputs.tol
-        old, new = carry.state, self.step(carry.state, inputs)
+        old = carry.state
         total = inputs.problem.total_weight
         gain = new.objective - old.objective
         now, before = (inputs.problem.with_prior(state.statistics) for state in (new, old))

@@ -138,7 +138,8 @@ class Solution(eqx.Module):
         if self.runs is None:
             return jnp.zeros((), jnp.int32)
         others = self.runs.objective
-        above = jnp.isfinite(others) & (others > self.objective[..., None])
+        own = self.objective[..., None]
+        above = jnp.isfinite(others) & (others > own + _slack(own))
         return jnp.sum(above, axis=-1, dtype=jnp.int32)
 
     def __repr__(self) -> str:
@@ -149,8 +150,9 @@ def best(solutions: Solution) -> Solution:
     """The best lane of a batch of fits, such as `fit_restarts` or `jax.vmap` over starts gives.
 
     Lanes that ended well come first, then degenerate ones, then those that failed, each by
-    objective. `runs` of the solution says how all of them ended, and `set_aside` how many were
-    passed over although their objective was higher. The lane returned is NaN only if all are.
+    objective; of those as good as the best, to rounding, the first. `runs` of the solution says how
+    all of them ended, and `set_aside` how many were passed over although their objective was
+    higher. The lane returned is NaN only if all are.
 
     **Raises:** `ValueError` for something else than a batch of solutions.
     """
@@ -176,7 +178,16 @@ def lane_order(solutions: Solution) -> Int[Array, " lanes"]:
     sound = is_any(solutions.result, RESULTS.converged, RESULTS.max_steps_reached)
     degenerate = solutions.result == RESULTS.degenerate
     rank = jnp.where(finite, jnp.where(sound, 3, jnp.where(degenerate, 2, 1)), 0)
-    return jnp.lexsort((-jnp.where(finite, objective, -jnp.inf), -rank))
+    alike = rank[:, None] == rank
+    best = jnp.max(jnp.where(alike & finite, objective, -jnp.inf), axis=1)
+    behind = jnp.where(objective >= best - _slack(best), 0, best - objective)
+    return jnp.lexsort((jnp.where(finite, behind, jnp.inf), -rank))
+
+
+def _slack(objective: Array) -> Array:
+    """How far objectives of one model may differ by rounding."""
+    size = jnp.where(jnp.isfinite(objective), jnp.abs(objective), 0)
+    return 8 * jnp.finfo(objective.dtype).eps * size
 
 
 def is_any(result: RESULTS, *members: RESULTS) -> Array:

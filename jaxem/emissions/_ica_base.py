@@ -49,7 +49,7 @@ from jaxem._core.statistics import Framed
 from jaxem._core.supports import reals
 from jaxem.emissions._base import AbstractWide
 from jaxem.emissions._family import AbstractFamily
-from jaxem.emissions._ica_sources import Laws, PartSums, densities, mean_log_prob
+from jaxem.emissions._ica_sources import Laws, PartSums, mean_log_prob, shares
 
 # Curvature of a row, as shares of that of a Gaussian source: what is added, and the least there is
 _ADDED, _LEAST = 0.1, 1.02
@@ -109,13 +109,13 @@ class AbstractUnmixing(AbstractFamily, AbstractWide, AbstractLocal):
 
     def log_prob(self, x: Float[Array, "n d"], tilt: UnmixingSums) -> Float[Array, "n k"]:
         quadratic, parts, _ = tilt
-        y = self._sources(x)
+        y, laws = self._sources(x), self._laws()
         inputs = jnp.pad(y, ((0, 0), (1, 0), (0, 0)), constant_values=1)
-        y = y + linear_tilt(quadratic.score, inputs)
-        log_source, score, bend, of_parts = densities(y, self._laws(), parts)
-        bend = bend + score**2
+        log_source = shares(y + linear_tilt(quadratic.score, inputs), laws, parts).log_prob
+        # Apart, so that no derivative by the tilt passes through them
+        bend, of_parts = shares(y, laws).slopes()
+        bend = bend + (_ADDED / laws.moments()[1])[:, :, None]
         rows = jnp.diagonal(quadratic.curvature.matrix, axis1=2, axis2=3)
-        bend = bend + (_ADDED / self._laws().moments()[1])[:, :, None]
         own, square_of = _scale_or_level(rows.shape[1]), inputs**2
         tilted = bend * linear_tilt(jnp.where(own, 0, rows), square_of)
         tilted = tilted + of_parts * linear_tilt(jnp.where(own, rows, 0), square_of)

@@ -1,6 +1,7 @@
 """The laws of independent sources: mixtures of Gaussians, their densities and their sums."""
 
 import functools
+from collections.abc import Iterable
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -60,30 +61,47 @@ class PartSums(NamedTuple):
         return self._replace(first=first + shift * self.count, second=second)
 
 
-def densities(
-    y: Float[Array, "k d n"], laws: Laws, tilt: PartSums
-) -> tuple[Array, Array, Array, Array]:
-    """log f, −d log f, its slope beside the square, and Σ share/σ², as sums over few parts."""
-    log_norm, square = laws.log_norm() + tilt.count, tilt.second - 0.5
-    inverse = jnp.exp(-0.5 * laws.log_variance)
-    of_parts = jnp.stack([log_norm, tilt.first, square, inverse, laws.mean])
-    # One part after the other: sums along an axis of three are slower than all the rest
+class Shares(NamedTuple):
+    """log f of values y under each source's law, and of each part its share, e and 1/σ.
+
+    One part after the other: sums along an axis of three are slower than all the rest.
+    """
+
+    log_prob: Float[Array, "k d n"]
+    share: list[Float[Array, "k d n"]]
+    gap: list[Float[Array, "k d n"]]
+    inverse: list[Float[Array, "k d 1"]]
+
+    def slopes(self) -> tuple[Float[Array, "k d n"], Float[Array, "k d n"]]:
+        """−d² log f/dy², and Σ share/σ²."""
+        each = list(zip(self.share, self.gap, self.inverse, strict=True))
+        of_parts = _total(share * inverse**2 for share, _, inverse in each)
+        score = _total(share * inverse * gap for share, gap, inverse in each)
+        spread = _total(share * (inverse * gap) ** 2 for share, gap, inverse in each)
+        return of_parts - spread + score**2, of_parts
+
+
+def shares(y: Float[Array, "k d n"], laws: Laws, tilt: PartSums | None = None) -> Shares:
+    """The parts of each value, tilted."""
+    inverse, log_norm = jnp.exp(-0.5 * laws.log_variance), laws.log_norm()
+    linear, square = jnp.zeros_like(inverse), jnp.full_like(inverse, -0.5)
+    if tilt is not None:
+        log_norm, linear, square = log_norm + tilt.count, tilt.first, tilt.second - 0.5
     joint, gaps, inverses = [], [], []
-    for part in range(log_norm.shape[2]):
-        log_norm, linear, square, inverse, mean = of_parts[:, :, :, part, None]
-        gap = inverse * (y - mean)
-        joint.append(log_norm + gap * (linear + gap * square))
+    for part in range(inverse.shape[2]):
+        inverses.append(inverse[:, :, part, None])
+        gap = inverses[-1] * (y - laws.mean[:, :, part, None])
+        polynomial = linear[:, :, part, None] + gap * square[:, :, part, None]
+        joint.append(log_norm[:, :, part, None] + gap * polynomial)
         gaps.append(gap)
-        inverses.append(inverse)
     top = lax.stop_gradient(functools.reduce(jnp.maximum, joint))
     powers = [jnp.exp(each - top) for each in joint]
-    total = sum(powers[1:], start=powers[0])
-    shares = [power / total for power in powers]
-    zero = jnp.zeros_like(y)
-    score = sum((r * w * e for r, w, e in zip(shares, inverses, gaps, strict=True)), zero)
-    curvature = [r * w**2 for r, w in zip(shares, inverses, strict=True)]
-    bend = sum((c * (1 - e**2) for c, e in zip(curvature, gaps, strict=True)), zero)
-    return top + jnp.log(total), score, bend, sum(curvature, zero)
+    total = _total(powers)
+    return Shares(top + jnp.log(total), [power / total for power in powers], gaps, inverses)
+
+
+def _total(terms: Iterable[Array]) -> Array:
+    return functools.reduce(jnp.add, terms)
 
 
 def mean_log_prob(theta: Float[Array, " p"], args: Any) -> Float[Array, ""]:
