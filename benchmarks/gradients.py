@@ -56,7 +56,7 @@ def implicit() -> Iterator[Any]:
 
     def em_map(m: Any) -> Any:
         statistics, _ = m.e_step(x, sample_weight)
-        return jax.tree.leaves(algorithm.maximization(statistics, None, None)[0])
+        return jax.tree.leaves(algorithm.maximization(statistics, None, None, float(n))[0])
 
     @jax.jit
     def em_map_vjp(m: Any) -> Any:
