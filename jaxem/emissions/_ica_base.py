@@ -145,7 +145,8 @@ class AbstractUnmixing(AbstractFamily, AbstractWide, AbstractLocal):
 
     def reframe(self, sums: UnmixingSums, old: Self) -> UnmixingSums:
         step = la.matmul(self.unmixing - old.unmixing, la.inverse_and_log_det(old.unmixing)[0])
-        rise = jnp.sum(sums.unmixing.count * _log_det_beyond_trace(step))
+        count = sums.unmixing.count
+        rise = jnp.sum(count * _log_det_beyond_trace(step))
         shift = la.apply(self.unmixing, old.mean - self.mean)
         step = jnp.concatenate([shift[:, :, None], step], axis=2)
         change = jnp.pad(step, ((0, 0), (1, 0), (0, 0)))
@@ -153,14 +154,13 @@ class AbstractUnmixing(AbstractFamily, AbstractWide, AbstractLocal):
         moved = sums.unmixing.moved(step).turned(turn[:, None])
         # The determinant's part of the score, n I, is that of the frame
         rows, columns = step.shape[1:]
-        own = sums.unmixing.count[:, None, None] * jnp.eye(rows, columns, 1, step.dtype)
+        own = count[:, None, None] * jnp.eye(rows, columns, 1, step.dtype)
         score = moved.score - la.apply(change[:, None], own)
-        moved = moved._replace(value=moved.value + rise, score=score)
         new, before = self._laws(), old._laws()
         unit, origin = new.units_of(before)
         pseudo = sums.pseudo.reframed(new, before.scaled(unit, origin))
-        rise = jnp.sum(pseudo.count * jnp.log(unit)[:, :, None])
-        moved = moved._replace(value=moved.value + rise)
+        rise = rise + jnp.sum(pseudo.count * jnp.log(unit)[:, :, None])
+        moved = moved._replace(value=moved.value + rise, score=score)
         return UnmixingSums(moved, sums.sources.reframed(new, before), pseudo)
 
     def m_step(self, sums: UnmixingSums) -> Self:
@@ -185,12 +185,10 @@ class AbstractUnmixing(AbstractFamily, AbstractWide, AbstractLocal):
 
         theta = jax.vmap(jax.vmap(best))(theta, args, moves)
         found = Laws(*jnp.split(theta, 3, axis=2))
-        unit, origin = old.units_of(found)
-        unit = jnp.where(
-            (free["source_mean"] & free["source_variance"] & free["unmixing"])[:, 0], unit, 1
-        )
-        origin = old.moments()[0] - unit * found.moments()[0]
-        origin = jnp.where((free["source_mean"] & free["mean"])[:, 0], origin, 0)
+        (mean, variance), (now, spread) = old.moments(), found.moments()
+        scales = (free["source_mean"] & free["source_variance"] & free["unmixing"])[:, 0]
+        unit = jnp.where(scales, jnp.sqrt(variance / spread), 1)
+        origin = jnp.where((free["source_mean"] & free["mean"])[:, 0], mean - unit * now, 0)
         new = found.scaled(unit, origin)
         return update(
             self,

@@ -47,9 +47,9 @@ class Laws(NamedTuple):
 class PartSums(NamedTuple):
     """Sums over the parts of each source, whitened by them."""
 
-    count: Float[Array, "k d m"]
-    first: Float[Array, "k d m"]
-    second: Float[Array, "k d m"]
+    count: Float[Array, "*b m"]
+    first: Float[Array, "*b m"]
+    second: Float[Array, "*b m"]
 
     def reframed(self, new: Laws, old: Laws) -> Self:
         """Sums about new laws in place of old ones."""

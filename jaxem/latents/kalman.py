@@ -123,7 +123,7 @@ def smoothed(dynamics: Dynamics, outputs: Outputs) -> Smoothed:
     back = _backward(dynamics, outputs.information, forward.covariances)
     score = outputs.score(outputs.values - _times(outputs.rows, forward.predicted_mean))
     score = score + _times(back.later, _times(forward.covariances.filtered, score))
-    to_come = _affine(la.transpose(back.moved), score, jnp.zeros_like(score[:, 0]), reverse=True)
+    to_come = _summed_back(la.transpose(back.moved), score)
     behind = jnp.pad(to_come, ((0, 0), (0, 1), (0, 0)))[:, 1:]
     change = _times(back.states, _times(la.transpose(back.moved), behind))
     noise = _times(back.alone, _times(dynamics.noise.T, behind)) + _times(back.slope, change)
@@ -245,20 +245,18 @@ def _times(a: Float[Array, "*c m n"], v: Float[Array, "*b n"]) -> Float[Array, "
     return jnp.sum(a * v[..., None, :], axis=-1)
 
 
-def _affine(
-    matrices: Float[Array, "c t n n"],
-    shifts: Float[Array, "b t n"],
-    start: Float[Array, "b n"],
-    reverse: bool = False,
+def _summed_back(
+    matrices: Float[Array, "c t n n"], shifts: Float[Array, "b t n"]
 ) -> Float[Array, "b t n"]:
-    """x of each step, x₁ = start and xₜ₊₁ = Mₜ xₜ + sₜ; in reverse xₜ = sₜ + Mₜ xₜ₊₁ behind it."""
+    """xₜ = sₜ + Mₜ xₜ₊₁ of each step, with 0 behind the last."""
 
-    def move(x: Array, step: Any) -> tuple[Array, Array]:
+    def move(behind: Array, step: Any) -> tuple[Array, Array]:
         matrix, shift = step
-        new = _times(matrix, x) + shift
-        return new, new if reverse else x
+        here = _times(matrix, behind) + shift
+        return here, here
 
-    return _by_time(lax.scan(move, start, _by_time((matrices, shifts)), reverse=reverse)[1])
+    none = jnp.zeros_like(shifts[:, 0])
+    return _by_time(lax.scan(move, none, _by_time((matrices, shifts)), reverse=True)[1])
 
 
 def _by_time(tree: PyTree[Array]) -> Any:
